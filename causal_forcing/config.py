@@ -1,7 +1,7 @@
 """Frozen configuration of models and sessions, validated on construction.
 
-A *model* config says what a checkpoint is (sizes that the weights fix); a :class:`SessionConfig` says what one user asked
-for. Presets that combine them live in :mod:`causal_forcing.presets`.
+A *model* config says what a checkpoint is (sizes that the weights fix); a :class:`SessionConfig` says what one user
+asked for. Presets that combine them live in :mod:`causal_forcing.presets`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.geometry import LATENT_CHANNELS, Geometry
@@ -217,7 +218,7 @@ def validate_steps(field_name: str, steps: Sequence[int]) -> tuple[int, ...]:
         raise InvalidRequest(field_name, steps, allowed, reason="INVALID_STEPS")
     if any(isinstance(s, bool) or not isinstance(s, int) or not 1 <= s <= 1000 for s in steps):
         raise InvalidRequest(field_name, steps, allowed, reason="INVALID_STEPS")
-    if any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+    if any(a <= b for a, b in pairwise(steps)):
         raise InvalidRequest(field_name, steps, allowed, reason="INVALID_STEPS")
     return tuple(steps)
 

@@ -9,7 +9,7 @@
     ├── DeviceFault           the device failed while computing
     └── NonFiniteOutput       the model produced NaN or infinity
 
-``ValueError`` and ``assert`` stay for programmers' mistakes; everything a user or an operator can cause is one of these.
+``ValueError`` and ``assert`` stay for programmers' mistakes; all that a user or an operator can cause is one of these.
 """
 
 from __future__ import annotations

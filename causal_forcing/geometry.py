@@ -45,7 +45,10 @@ class Geometry:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % SIZE_MULTIPLE:
                 raise InvalidRequest(
-                    field, value, f"must be a positive multiple of {SIZE_MULTIPLE} pixels", reason="UNSUPPORTED_RESOLUTION"
+                    field,
+                    value,
+                    f"must be a positive multiple of {SIZE_MULTIPLE} pixels",
+                    reason="UNSUPPORTED_RESOLUTION",
                 )
 
     @property

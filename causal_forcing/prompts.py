@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from causal_forcing.errors import InvalidRequest
+
+if TYPE_CHECKING:  # a gRPC client builds these values without having torch
+    from torch import Tensor
 
 MAX_PROMPTS = 8
 """Most prompts one update may blend."""
@@ -66,7 +68,9 @@ class WeightedPrompt:
                 reason="INVALID_PROMPT",
             )
         if not math.isfinite(self.weight) or self.weight < 0:
-            raise InvalidRequest("prompts.weight", self.weight, "must be finite and at least 0", reason="INVALID_PROMPT")
+            raise InvalidRequest(
+                "prompts.weight", self.weight, "must be finite and at least 0", reason="INVALID_PROMPT"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class PromptUpdate:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if not 1 <= len(self.prompts) <= MAX_PROMPTS:
             raise InvalidRequest(
-                "prompts", f"{len(self.prompts)} prompts", f"must be 1 to {MAX_PROMPTS} prompts", reason="INVALID_PROMPT"
+                "prompts",
+                f"{len(self.prompts)} prompts",
+                f"must be 1 to {MAX_PROMPTS} prompts",
+                reason="INVALID_PROMPT",
             )
         if sum(p.weight for p in self.prompts) <= 0:
             raise InvalidRequest(
@@ -111,12 +118,18 @@ class PromptUpdate:
                 raise InvalidRequest(name, value, f"must be one of {allowed}", reason="INVALID_PROMPT") from None
         if self.blend is Blend.SLERP and len(self.prompts) != 2:
             raise InvalidRequest(
-                "blend", f"slerp of {len(self.prompts)} prompts", "slerp needs exactly 2 prompts", reason="INVALID_PROMPT"
+                "blend",
+                f"slerp of {len(self.prompts)} prompts",
+                "slerp needs exactly 2 prompts",
+                reason="INVALID_PROMPT",
             )
         count = self.transition_chunks
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_TRANSITION_CHUNKS:
             raise InvalidRequest(
-                "transition_chunks", count, f"must be an integer from 0 to {MAX_TRANSITION_CHUNKS}", reason="INVALID_PROMPT"
+                "transition_chunks",
+                count,
+                f"must be an integer from 0 to {MAX_TRANSITION_CHUNKS}",
+                reason="INVALID_PROMPT",
             )
 
 

@@ -1,0 +1,73 @@
+# Everything a developer or an operator of one machine types. `make` alone prints the list.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp
+GOLDEN ?= tests/golden
+ARGS ?=
+
+.PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench readme-numbers \
+	full-size constraints clean distclean
+
+help: ## Print this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with the pinned environment (again only when the pins change).
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev]'
+	touch $@
+
+demo: $(STAMP) ## Run the whole service once on this machine and write demo.mp4.
+	$(VENV)/bin/causal-forcing demo --output demo.mp4 $(ARGS)
+
+serve: $(STAMP) ## Run the service on this machine until Ctrl-C.
+	$(VENV)/bin/causal-forcing serve $(ARGS)
+
+test: $(STAMP) ## Run every test (ARGS=... goes to pytest).
+	$(PYTHON) -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## Run the tests that are not marked slow.
+	$(PYTHON) -m pytest -m 'not slow' $(ARGS)
+
+lint: $(STAMP) ## Check style: ruff, formatting, protos.
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	if [ -f protos/buf.yaml ]; then $(VENV)/bin/buf lint protos; fi
+
+type: $(STAMP) ## Check types: mypy --strict on the packages.
+	$(PYTHON) -m mypy
+
+format: $(STAMP) ## Rewrite the code in our style.
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+check: lint type test ## All that has to pass before a change is merged.
+
+protos: $(STAMP) ## Generate the Python code of protos/ again.
+	$(PYTHON) -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. \
+		$$(find protos -name '*.proto')
+
+protos-breaking: $(STAMP) ## Compare the protos with the main branch: nothing may break a client.
+	cd protos && ../$(VENV)/bin/buf breaking --against '../.git#branch=main,subdir=protos'
+
+parity: $(STAMP) ## Compare the engine with golden tensors (GOLDEN=DIR).
+	$(VENV)/bin/causal-forcing parity $(GOLDEN)
+
+clean: ## Remove what builds and runs leave behind.
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .demo demo.mp4
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment, too.
+	rm -rf $(VENV)
+
+constraints: $(STAMP) ## Write constraints.txt from what is installed now.
+	{ echo '# The whole tested environment; written by `make constraints`.'; \
+		$(PYTHON) -m pip freeze --exclude-editable --disable-pip-version-check | sed -E '/ @ /d; s/\+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
