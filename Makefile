@@ -51,8 +51,8 @@ format: $(STAMP) ## Rewrite the code in our style.
 check: lint type test ## All that has to pass before a change is merged.
 
 protos: $(STAMP) ## Generate the Python code of protos/ again.
-	$(PYTHON) -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. --grpc_python_out=. \
-		$$(find protos -name '*.proto')
+	$(PYTHON) -m grpc_tools.protoc --proto_path=. --proto_path=protos/third_party \
+		--python_out=. --pyi_out=. --grpc_python_out=. $$(find protos/causal_forcing -name '*.proto')
 
 protos-breaking: $(STAMP) ## Compare the protos with the main branch: nothing may break a client.
 	cd protos && ../$(VENV)/bin/buf breaking --against '../.git#branch=main,subdir=protos'
