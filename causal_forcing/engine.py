@@ -1,0 +1,94 @@
+"""The weights of one model on one device, shared by every session of a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from causal_forcing.config import SessionConfig
+from causal_forcing.errors import InvalidRequest, SessionStateError
+from causal_forcing.noise import NoiseSource
+from causal_forcing.presets import Preset
+from causal_forcing.prompts import PromptEmbedding, PromptUpdate
+from causal_forcing.session import Session
+from causal_forcing.transformer import CausalTransformer
+
+if TYPE_CHECKING:
+    from causal_forcing.text_encoder import TextEncoder
+    from causal_forcing.vae import Vae
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Weights and nothing else; any number of sessions may borrow them, one chunk at a time.
+
+    Attributes:
+        preset: What the weights are.
+        transformer: The generator.
+        vae: Decoder and encoder of frames, or None where another process decodes.
+        text_encoder: Encoder of prompts, or None where embeddings come from elsewhere.
+    """
+
+    preset: Preset
+    transformer: CausalTransformer
+    vae: Vae | None = None
+    text_encoder: TextEncoder | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of latents and caches."""
+        return self.transformer.dtype
+
+    def session_config(self, **overrides: object) -> SessionConfig:
+        """Return the preset's defaults with some fields of :class:`SessionConfig` replaced.
+
+        Raises:
+            InvalidRequest: If a value is not allowed.
+        """
+        preset = self.preset
+        defaults: dict[str, Any] = {
+            "height": preset.height,
+            "width": preset.width,
+            "denoising_steps": preset.denoising_steps,
+            "first_chunk_steps": preset.first_chunk_steps,
+            "window_frames": preset.window_frames,
+            "sink_frames": preset.sink_frames,
+            "sink_rope": preset.sink_rope,
+        }
+        if "denoising_steps" in overrides and "first_chunk_steps" not in overrides:
+            defaults["first_chunk_steps"] = None
+        return SessionConfig(**(defaults | overrides))
+
+    def new_session(self, config: SessionConfig | None = None, *, noise: NoiseSource | None = None) -> Session:
+        """Return a fresh session.
+
+        Args:
+            config: What the user asks for; None takes the preset's defaults.
+            noise: Replaces the seeded noise, e.g. to replay a reference run.
+
+        Raises:
+            InvalidRequest: If the configuration does not suit the model.
+        """
+        config = config or self.session_config()
+        rolling, chunk = config.cache_frames - config.sink_frames, self.preset.chunk_frames
+        if rolling < chunk:
+            allowed = f"must exceed sink_frames ({config.sink_frames}) by at least a chunk ({chunk} frames)"
+            raise InvalidRequest("window_frames", config.window_frames, allowed)
+        return Session(self, config, noise=noise)
+
+    def encode_prompts(self, update: PromptUpdate) -> list[PromptEmbedding]:
+        """Return one embedding per prompt of an update.
+
+        Raises:
+            SessionStateError: If the engine was loaded without a text encoder.
+        """
+        if self.text_encoder is None:
+            raise SessionStateError("the engine was loaded without a text encoder", reason="NO_TEXT_ENCODER")
+        return self.text_encoder.encode([prompt.text for prompt in update.prompts])

@@ -1,0 +1,243 @@
+"""Self-attention keys and values of one session: a preallocated ring of latent frames behind fixed sink frames.
+
+Rows of one layer, in units of latent frames:
+
+    | sink 0 .. S-1 | ring slot 0 | ring slot 1 | ... | ring slot R-1 |        S + R = capacity
+
+A new frame overwrites the slot of the frame that falls out of the window; nothing is ever shifted or copied. Attention
+does not care about the order of rows, because every key carries its own position. All bookkeeping is host integers.
+
+Sink keys either stay where they were rotated (``fixed``), or are also kept un-rotated and, once per chunk, rotated to
+the positions directly before the rolling part (``relative``). The rolling part needs no such care: rotary scores depend
+on position differences alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from causal_forcing.config import SinkRope, TransformerConfig
+from causal_forcing.errors import SessionStateError
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Sizes of a cache.
+
+    Attributes:
+        capacity: Latent frames it holds.
+        sink_frames: How many of them are sink.
+        sink_rope: Where the sink's keys are rotated to.
+        tokens_per_frame: Rows of one latent frame.
+        evicts: Whether the oldest frame makes room; without, a full cache is an error.
+    """
+
+    capacity: int
+    sink_frames: int
+    sink_rope: SinkRope
+    tokens_per_frame: int
+    evicts: bool
+
+    @property
+    def ring_frames(self) -> int:
+        """Slots that roll."""
+        return self.capacity - self.sink_frames
+
+
+@dataclass(frozen=True)
+class CacheCursor:
+    """Which frames the cache holds, in absolute latent frame positions.
+
+    Attributes:
+        origin: First frame of the scene; sink frames are ``origin .. origin + S - 1``.
+        ring_start: Frame that ring slot 0 belongs to; ``origin + S`` until a flush moves it.
+        end: One past the newest committed frame.
+    """
+
+    origin: int = 0
+    ring_start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Where one forward pass reads and writes, as host integers.
+
+    Attributes:
+        start: Position of its first new frame.
+        frames: New frames.
+        runs: ``(first cache row, first new token, rows)`` for each contiguous stretch to write.
+        visible_rows: Rows that attention reads, from row 0; the new ones are among them.
+        sink_tokens: ``(first cache row, first new token, rows)`` of new sink tokens, or None.
+    """
+
+    start: int
+    frames: int
+    runs: tuple[tuple[int, int, int], ...]
+    visible_rows: int
+    sink_tokens: tuple[int, int, int] | None
+
+
+class KeyValueCache:
+    """Keys and values of every layer for one session.
+
+    Attributes:
+        layout: Its sizes.
+        cursor: Which frames it holds.
+        keys: Per layer ``[1, H, capacity * tokens_per_frame, D]``, after RMSNorm and rotation.
+        values: Per layer, the same shape.
+        sink_keys: Per layer ``[1, H, S * tokens_per_frame, D]`` before rotation; empty unless sinks are ``relative``.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layout: CacheLayout, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.layout = layout
+        self.cursor = CacheCursor(ring_start=layout.sink_frames)
+        shape = (1, config.num_heads, layout.capacity * layout.tokens_per_frame, config.head_dim)
+        sink_shape = (1, config.num_heads, layout.sink_frames * layout.tokens_per_frame, config.head_dim)
+        keep_sink = layout.sink_frames > 0 and layout.sink_rope is SinkRope.RELATIVE
+
+        def allocate(size: tuple[int, ...]) -> list[Tensor]:
+            return [torch.zeros(size, device=device, dtype=dtype) for _ in range(config.num_layers)]
+
+        self.keys = allocate(shape)
+        self.values = allocate(shape)
+        self.sink_keys = allocate(sink_shape) if keep_sink else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (*self.keys, *self.values, *self.sink_keys))
+
+    def plan(self, frames: int) -> CachePlan:
+        """Return where the next ``frames`` latent frames go.
+
+        Raises:
+            SessionStateError: If the cache never evicts and has no room (reason ``STREAM_FULL``).
+        """
+        cursor, layout = self.cursor, self.layout
+        held = self._held_frames(cursor.end + frames)
+        if not layout.evicts and held > layout.capacity:
+            raise SessionStateError(
+                f"a session without a window holds {layout.capacity} latent frames; {cursor.end - cursor.origin} are "
+                f"written and {frames} more do not fit: set window_frames for an endless stream",
+                reason="STREAM_FULL",
+            )
+        tokens = layout.tokens_per_frame
+        slots = [self._slot(cursor.end + i) for i in range(frames)]
+        new_sink = max(0, min(frames, cursor.origin + layout.sink_frames - cursor.end))
+        return CachePlan(
+            start=cursor.end,
+            frames=frames,
+            runs=_runs(slots, tokens),
+            visible_rows=min(held, layout.capacity) * tokens,
+            sink_tokens=(slots[0] * tokens, 0, new_sink * tokens) if new_sink and self.sink_keys else None,
+        )
+
+    def sink_positions(self, plan: CachePlan) -> range | None:
+        """Return the positions the sink must be rotated to for this plan, or None if its keys are right as they are.
+
+        They change only when the window's oldest rolling frame does, and never in ``fixed`` layouts.
+        """
+        if not self.sink_keys:
+            return None
+        end = plan.start + plan.frames
+        oldest = max(self.cursor.ring_start, end - self.layout.ring_frames)
+        if oldest == self.cursor.origin + self.layout.sink_frames:
+            return None
+        return range(oldest - self.layout.sink_frames, oldest)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, plan: CachePlan) -> None:
+        """Store a forward pass's keys and values; a later pass with the same plan overwrites the same rows.
+
+        Args:
+            layer: Which layer.
+            keys: ``[1, H, L, D]``, rotated.
+            values: The same shape.
+            plan: Of this pass.
+        """
+        for row, token, rows in plan.runs:
+            self.keys[layer][:, :, row : row + rows] = keys[:, :, token : token + rows]
+            self.values[layer][:, :, row : row + rows] = values[:, :, token : token + rows]
+
+    def read(self, layer: int, plan: CachePlan) -> tuple[Tensor, Tensor]:
+        """Return views of the keys and values that a pass attends to, ``[1, H, visible_rows, D]``."""
+        rows = plan.visible_rows
+        return self.keys[layer][:, :, :rows], self.values[layer][:, :, :rows]
+
+    def advance(self, plan: CachePlan) -> None:
+        """Commit a plan: its frames are now part of the past."""
+        self.cursor = replace(self.cursor, end=plan.start + plan.frames)
+
+    def begin_scene(self) -> None:
+        """Forget everything; the next frame is the first of a scene, at the position that follows."""
+        end = self.cursor.end
+        self.cursor = CacheCursor(origin=end, ring_start=end + self.layout.sink_frames, end=end)
+
+    def flush(self, keep_frames: int) -> None:
+        """Forget all but the sink and the newest frames, which move to the start of the ring.
+
+        Args:
+            keep_frames: Newest frames to keep; fewer rolling frames than that leave the cache as it is.
+        """
+        cursor, tokens = self.cursor, self.layout.tokens_per_frame
+        first = cursor.end - keep_frames
+        if first <= self._oldest_rolling():
+            return
+        old = [self._slot(first + i) for i in range(keep_frames)]
+        self.cursor = replace(cursor, ring_start=first)
+        new = [self._slot(first + i) for i in range(keep_frames)]
+        for tensor in (*self.keys, *self.values):
+            kept = torch.cat([tensor[:, :, s * tokens : (s + 1) * tokens] for s in old], dim=2)
+            tensor[:, :, new[0] * tokens : (new[0] + keep_frames) * tokens] = kept
+
+    def rewind(self, *, ring_start: int, end: int) -> None:
+        """Set the cursor for a rebuild, whose passes then fill the cache again from ``end``."""
+        self.cursor = replace(self.cursor, ring_start=ring_start, end=end)
+
+    def held_positions(self) -> list[int]:
+        """Return the positions of all frames that are held, oldest first."""
+        cursor = self.cursor
+        sink_end = min(cursor.origin + self.layout.sink_frames, cursor.end)
+        return [*range(cursor.origin, sink_end), *range(self._oldest_rolling(), cursor.end)]
+
+    def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return copies of a layer's keys and values, ``[1, H, capacity * tokens, D]``, oldest frame first.
+
+        Rows of frames not yet written are zero.
+        """
+        tokens = self.layout.tokens_per_frame
+        held = [self._slot(p) for p in self.held_positions()]
+        slots = held + [s for s in range(self.layout.capacity) if s not in held]
+        rows = torch.cat([torch.arange(s * tokens, (s + 1) * tokens) for s in slots])
+        return self.keys[layer][:, :, rows], self.values[layer][:, :, rows]
+
+    def _oldest_rolling(self) -> int:
+        return min(max(self.cursor.ring_start, self.cursor.end - self.layout.ring_frames), self.cursor.end)
+
+    def _held_frames(self, end: int) -> int:
+        sink_held = min(self.layout.sink_frames, end - self.cursor.origin)
+        return sink_held + max(0, end - self.cursor.ring_start)
+
+    def _slot(self, position: int) -> int:
+        sink = self.layout.sink_frames
+        if position < self.cursor.origin + sink:
+            return position - self.cursor.origin
+        return sink + (position - self.cursor.ring_start) % self.layout.ring_frames
+
+
+def _runs(slots: Sequence[int], tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """Merge consecutive slots into contiguous stretches of rows."""
+    runs: list[tuple[int, int, int]] = []
+    for i, slot in enumerate(slots):
+        if runs and runs[-1][0] + runs[-1][2] == slot * tokens:
+            row, token, rows = runs[-1]
+            runs[-1] = (row, token, rows + tokens)
+        else:
+            runs.append((slot * tokens, i * tokens, tokens))
+    return tuple(runs)

@@ -1,0 +1,196 @@
+"""All that belongs to one user, as one value: reset, measured, copied out and copied in as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from causal_forcing.blending import blend, interpolate, is_negligible
+from causal_forcing.errors import SessionStateError
+from causal_forcing.kv_cache import CacheCursor, KeyValueCache
+from causal_forcing.prompts import PromptEmbedding, PromptUpdate, SwitchPolicy
+from causal_forcing.transformer import TextMemory
+
+if TYPE_CHECKING:
+    from causal_forcing.vae import DecoderState
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """What a chunk boundary changes about the prompt.
+
+    Attributes:
+        embeds: The new embedding, ``[1, text_len, text_dim]``.
+        policy: What to do with remembered frames.
+        is_first: Whether the update begins here (rather than its transition going on).
+    """
+
+    embeds: Tensor
+    policy: SwitchPolicy
+    is_first: bool
+
+
+@dataclass
+class PromptState:
+    """The prompt in force, the one waiting, and the transition between two.
+
+    Attributes:
+        update: In force; None before the first.
+        embeds: Embedding of the next chunk, ``[1, text_len, text_dim]``.
+        source: Embedding that a running transition left from; None outside one.
+        target: Embedding that it leads to.
+        step: Chunks of the transition begun so far.
+        chunk: Chunk whose boundary was handled last, so that trying it again changes nothing.
+        announced: Whether a chunk made under ``update`` was committed.
+        waiting: The next update and its blended embedding; a later one replaces it.
+    """
+
+    update: PromptUpdate | None = None
+    embeds: Tensor | None = None
+    source: Tensor | None = None
+    target: Tensor | None = None
+    step: int = 0
+    chunk: int = -1
+    announced: bool = False
+    waiting: tuple[PromptUpdate, Tensor] | None = None
+
+    def submit(self, update: PromptUpdate, embeddings: list[PromptEmbedding]) -> None:
+        """Let an update wait for the next chunk boundary.
+
+        Args:
+            update: Its prompts' weights and blend are applied here.
+            embeddings: One per prompt.
+        """
+        mixed = blend([e.embeds for e in embeddings], [p.weight for p in update.prompts], update.blend)
+        self.waiting = (update, mixed)
+
+    def begin_chunk(self, chunk: int) -> PromptChange | None:
+        """Return what changes at this chunk's boundary, or None.
+
+        Raises:
+            SessionStateError: If there is no prompt at all (reason ``NO_PROMPT``).
+        """
+        if self.waiting is not None:
+            (update, target), self.waiting = self.waiting, None
+            return self._switch(update, target, chunk)
+        if self.embeds is None or self.update is None:
+            raise SessionStateError("the session has no prompt yet", reason="NO_PROMPT")
+        if self.target is None or self.chunk == chunk:
+            return None
+        return self._step(chunk, is_first=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors it holds, by name."""
+        named = {"embeds": self.embeds, "source": self.source, "target": self.target}
+        if self.waiting is not None:
+            named["waiting"] = self.waiting[1]
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def _switch(self, update: PromptUpdate, target: Tensor, chunk: int) -> PromptChange:
+        source = self.embeds
+        self.update, self.announced, self.step = update, False, 0
+        if source is None or update.transition_chunks <= 1 or is_negligible(source, target):
+            self.embeds, self.source, self.target, self.chunk = target, None, None, chunk
+            return PromptChange(target, update.policy, is_first=True)
+        self.source, self.target = source, target
+        return self._step(chunk, is_first=True)
+
+    def _step(self, chunk: int, *, is_first: bool) -> PromptChange:
+        assert self.update is not None
+        assert self.source is not None
+        assert self.target is not None
+        self.step, self.chunk = self.step + 1, chunk
+        share = self.step / self.update.transition_chunks
+        self.embeds = interpolate(self.source, self.target, share, self.update.transition)
+        if share >= 1:
+            self.source = self.target = None
+        return PromptChange(self.embeds, self.update.policy, is_first=is_first)
+
+
+@dataclass
+class SessionState:
+    """One user's mutable state; nothing else in the engine changes while a session runs.
+
+    Attributes:
+        cache: Self-attention keys and values, and the stream position.
+        decoder: Temporal caches of the VAE decoder; None when the engine has no VAE.
+        prompt: Prompt in force and waiting.
+        text: Cross-attention keys and values of the prompt in force; None before the first chunk.
+        latents: Clean latents of every frame in the cache, by position, each ``[1, 16, 1, h, w]``.
+        chunk_index: Index of the next chunk.
+        scene_chunks: Chunks generated (not given) since the scene began.
+        anchored_chunk: Chunk before which the cache was last rebuilt as an anchor; -1 if never.
+        failed: Why the session cannot go on, or None.
+    """
+
+    cache: KeyValueCache
+    decoder: DecoderState | None
+    prompt: PromptState = field(default_factory=PromptState)
+    text: TextMemory | None = None
+    latents: dict[int, Tensor] = field(default_factory=dict)
+    chunk_index: int = 0
+    scene_chunks: int = 0
+    anchored_chunk: int = -1
+    failed: str | None = None
+
+    @property
+    def position(self) -> int:
+        """Latent frames of the stream so far."""
+        return self.cache.cursor.end
+
+    @property
+    def begins_scene(self) -> bool:
+        """Whether the next frame is the first of a scene."""
+        return self.cache.cursor.end == self.cache.cursor.origin
+
+    def nbytes_by_part(self) -> dict[str, int]:
+        """Return the bytes of each part: ``self_attention``, ``cross_attention``, ``decoder``, ``latents``, ``prompt``."""
+        return {
+            "self_attention": self.cache.nbytes,
+            "cross_attention": self.text.nbytes if self.text else 0,
+            "decoder": self.decoder.nbytes if self.decoder else 0,
+            "latents": sum(t.nbytes for t in self.latents.values()),
+            "prompt": sum(t.nbytes for t in self.prompt.tensors().values()),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.nbytes_by_part().values())
+
+    def remember(self, latents: Tensor) -> None:
+        """Keep the newest committed frames, and forget those that left the cache.
+
+        Args:
+            latents: ``[1, 16, F, h, w]``, ending at :attr:`position`.
+        """
+        frames = latents.shape[2]
+        for i in range(frames):
+            self.latents[self.position - frames + i] = latents[:, :, i : i + 1].clone()
+        held = set(self.cache.held_positions())
+        self.latents = {position: kept for position, kept in self.latents.items() if position in held}
+
+    def frames_at(self, positions: list[int]) -> Tensor:
+        """Return the kept latents of these positions, ``[1, 16, len(positions), h, w]``."""
+        return torch.cat([self.latents[p] for p in positions], dim=2)
+
+    def begin_scene(self) -> None:
+        """Forget all frames; the prompt stays."""
+        self.cache.begin_scene()
+        self.latents.clear()
+        self.scene_chunks = 0
+
+    def reset(self) -> None:
+        """Return to the state of a fresh session, keeping the allocations."""
+        self.cache.cursor = CacheCursor(ring_start=self.cache.layout.sink_frames)
+        if self.decoder is not None:
+            self.decoder.reset()
+        self.prompt = PromptState()
+        self.text = None
+        self.latents = {}
+        self.chunk_index = self.scene_chunks = 0
+        self.anchored_chunk = -1
+        self.failed = None
