@@ -1,0 +1,264 @@
+"""Building blocks of the Wan autoencoder, written so that every convolution is a two-dimensional one.
+
+Layout: frames are ``[T, H, W, C]`` with the channels of a pixel side by side in memory. A convolution over three frames
+is one over a single image whose pixels carry the channels of those three frames. The arithmetic is the same, but on a
+CPU it is 3 to 11 times faster than ``conv3d`` below 64 channels (measured at 64x64: 5.3 against 62 ms at 24 channels),
+and as fast at 96. Weights keep the names and shapes of the original checkpoints; only their order in memory is ours.
+
+Source of the architecture: Wan2.1 ``wan/modules/vae.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from causal_forcing.vae.state import StreamState
+
+_NORM_EPS = 1e-12
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """Scale each pixel's channel vector to length ``sqrt(C)``, then each channel by ``gamma``.
+
+    Args:
+        x: ``[..., C]``.
+        gamma: C values, any shape.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = math.sqrt(x.shape[-1]) / length.clamp(min=_NORM_EPS)
+    scaled: Tensor = x * scale
+    return scaled.mul_(gamma.flatten())
+
+
+class RmsNorm(nn.Module):
+    """Holds the ``gamma`` of :func:`rms_norm`.
+
+    Args:
+        channels: C.
+        dims: Trailing dimensions of size 1 in the checkpoint: 3 for video layers, 2 for the attention's.
+    """
+
+    def __init__(self, channels: int, dims: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[..., C]``."""
+        return rms_norm(x, self.gamma)
+
+
+class RmsNormSilu(RmsNorm):
+    """The same, followed by SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate ``[..., C]``."""
+        return F.silu(rms_norm(x, self.gamma), inplace=True)
+
+
+class Convolution(nn.Module):
+    """A convolution's weights, with input channels innermost in memory, and its two-dimensional application.
+
+    Args:
+        in_channels: Channels of one frame.
+        out_channels: Channels of the result.
+        kernel: ``(time, height, width)`` of a checkpoint's 3-D weight, or ``(height, width)`` of a 2-D one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...]) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.padding = (kernel[-2] // 2, kernel[-1] // 2)
+        weight = torch.empty(out_channels, in_channels, *kernel)
+        bound = 1 / math.sqrt(in_channels * math.prod(kernel))
+        self.weight = nn.Parameter(_channels_innermost(weight.uniform_(-bound, bound)))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.weight.data = _channels_innermost(self.weight.data)
+
+    def apply_2d(self, x: Tensor, *, stride: int = 1, padding: tuple[int, int] | None = None) -> Tensor:
+        """Convolve images ``[T, H, W, taps * C]``, the earliest frame's channels first, to ``[T, H', W', C']``."""
+        weight: Tensor = self.weight
+        if weight.dim() == 5:  # [O, C, t, y, x] -> [O, t * C, y, x], a view in our memory order
+            weight = weight.transpose(1, 2).flatten(1, 2)
+        images = x.permute(0, 3, 1, 2)
+        result = F.conv2d(images, weight, self.bias, stride, self.padding if padding is None else padding)
+        return result.permute(0, 2, 3, 1).contiguous()
+
+
+class PixelLinear(Convolution):
+    """A convolution with a kernel of one pixel: a linear map of channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, dims: int = 3) -> None:
+        super().__init__(in_channels, out_channels, (1,) * dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., C]`` to ``[..., C']``."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class CausalConv(Convolution):
+    """A convolution over a frame and those before it, which the stream's state remembers.
+
+    Args:
+        in_channels: Channels of one frame.
+        out_channels: Channels of the result.
+        kernel: ``(time, height, width)``.
+        scale: Pixels of this layer per latent pixel.
+        stride: Frames from one result to the next.
+
+    Attributes:
+        slot: Key of this layer's buffer in a stream's state; the layer's own name, set by the model.
+        remembered: Frames in that buffer.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], scale: float, stride: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel)
+        self.taps = kernel[0]
+        self.scale = scale
+        self.stride = stride
+        self.remembered = self.taps - stride
+        self.slot = ""
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        """Convolve ``[T, H, W, C]`` to ``[T / stride, H, W, C']`` and remember its last frames."""
+        past = state.buffers[self.slot]
+        result = self.apply_2d(_windows(past, x, self.taps, self.stride))
+        self.remember(x, state)
+        return result
+
+    def remember(self, x: Tensor, state: StreamState) -> None:
+        """Make the last frames of the stream, now including ``x``, those that the state holds for this layer."""
+        past = state.buffers[self.slot]
+        kept = self.remembered - x.shape[0]
+        if kept > 0:
+            past[:kept].copy_(past[-kept:])
+        past[max(kept, 0) :].copy_(x[-self.remembered :])
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, convolution, twice; plus the input, mapped if the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, scale: float) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": RmsNormSilu(in_channels),
+                "2": CausalConv(in_channels, out_channels, (3, 3, 3), scale),
+                "3": RmsNormSilu(out_channels),
+                "6": CausalConv(out_channels, out_channels, (3, 3, 3), scale),
+            }
+        )
+        self.shortcut = PixelLinear(in_channels, out_channels) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        """Map ``[T, H, W, C]`` to ``[T, H, W, C']``."""
+        layers = self.residual
+        hidden: Tensor = layers["2"](layers["0"](x), state)
+        hidden = layers["6"](layers["3"](hidden), state)
+        return hidden.add_(x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nn.Module):
+    """Attention of the pixels of one frame among themselves, with one head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RmsNorm(channels, dims=2)
+        self.to_qkv = PixelLinear(channels, 3 * channels, dims=2)
+        self.proj = PixelLinear(channels, channels, dims=2)
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        """Map ``[T, H, W, C]`` to the same shape; frames do not see each other, so the state is not used."""
+        del state
+        tokens = self.norm(x).flatten(1, 2).unsqueeze(1)  # [T, 1, H * W, C]
+        query, key, value = self.to_qkv(tokens).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        result: Tensor = self.proj(mixed.squeeze(1)).view_as(x)
+        return result + x
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and halves the channels; with ``temporal``, also doubles the frames.
+
+    The first frame of a scene is not doubled, and the second one's temporal convolution does not see it: so one latent
+    frame is one pixel frame at first, and four later.
+    """
+
+    def __init__(self, channels: int, scale: float, *, temporal: bool) -> None:
+        super().__init__()
+        self.time_conv = CausalConv(channels, 2 * channels, (3, 1, 1), scale) if temporal else None
+        self.resample = nn.ModuleDict({"1": Convolution(channels, channels // 2, (3, 3))})
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        """Map ``[T, H, W, C]`` to ``[T or 2 T, 2 H, 2 W, C / 2]``."""
+        if self.time_conv is not None and state.frames > 0:
+            pairs = self.time_conv(x, state)  # the earlier frame's channels first
+            x = torch.stack(pairs.chunk(2, dim=-1), dim=1).flatten(0, 1)
+        frames, height, width, channels = x.shape
+        doubled = x[:, :, None, :, None].expand(frames, height, 2, width, 2, channels)
+        convolution = cast(Convolution, self.resample["1"])
+        return convolution.apply_2d(doubled.reshape(frames, 2 * height, 2 * width, channels))
+
+
+class Downsample(nn.Module):
+    """Halves height and width; with ``temporal``, also halves the frames, all but the first of a scene."""
+
+    def __init__(self, channels: int, scale: float, *, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Convolution(channels, channels, (3, 3))})
+        self.time_conv = CausalConv(channels, channels, (3, 1, 1), scale / 2, stride=2) if temporal else None
+
+    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+        """Map ``[T, H, W, C]`` to ``[T or T / 2, H / 2, W / 2, C]``."""
+        convolution = cast(Convolution, self.resample["1"])
+        x = convolution.apply_2d(F.pad(x, (0, 0, 0, 1, 0, 1)), stride=2, padding=(0, 0))
+        if self.time_conv is None:
+            return x
+        if state.frames == 0:
+            self.time_conv.remember(x, state)
+            return x
+        result: Tensor = self.time_conv(x, state)
+        return result
+
+
+def _channels_innermost(weight: Tensor) -> Tensor:
+    """Return an equal tensor ``[O, C, (t,) y, x]`` that lies in memory as ``[O, y, x, (t,) C]``."""
+    order = (0, 3, 4, 2, 1) if weight.dim() == 5 else (0, 2, 3, 1)
+    inverse = tuple(order.index(axis) for axis in range(weight.dim()))
+    return weight.permute(order).contiguous().permute(inverse)
+
+
+def _windows(past: Tensor, x: Tensor, taps: int, stride: int) -> Tensor:
+    """Put the channels of each result's frames side by side.
+
+    Args:
+        past: ``[taps - stride, H, W, C]``, the frames before ``x``.
+        x: ``[T, H, W, C]``, with T a multiple of ``stride``.
+        taps: Frames per window.
+        stride: Frames from one window to the next.
+
+    Returns:
+        ``[T / stride, H, W, taps * C]``, the earliest frame's channels first.
+    """
+    if x.shape[0] == 1 and stride == 1:
+        return torch.cat((*past, x[0]), dim=-1).unsqueeze(0)
+    count = x.shape[0] // stride
+    windows = x.new_empty(count, *x.shape[1:3], taps, x.shape[3])
+    for tap in range(taps):
+        offset = tap - past.shape[0]  # window i holds frame i * stride + offset of x at this tap; negative: of the past
+        from_past = min(count, max(0, -(offset // stride)))
+        if from_past:
+            windows[:from_past, :, :, tap].copy_(past[tap : tap + from_past * stride : stride])
+        if from_past < count:
+            start = from_past * stride + offset
+            windows[from_past:, :, :, tap].copy_(x[start : start + (count - from_past) * stride : stride])
+    return windows.flatten(3)
