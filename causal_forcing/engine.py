@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -52,19 +52,7 @@ class Engine:
         Raises:
             InvalidRequest: If a value is not allowed.
         """
-        preset = self.preset
-        defaults: dict[str, Any] = {
-            "height": preset.height,
-            "width": preset.width,
-            "denoising_steps": preset.denoising_steps,
-            "first_chunk_steps": preset.first_chunk_steps,
-            "window_frames": preset.window_frames,
-            "sink_frames": preset.sink_frames,
-            "sink_rope": preset.sink_rope,
-        }
-        if "denoising_steps" in overrides and "first_chunk_steps" not in overrides:
-            defaults["first_chunk_steps"] = None
-        return SessionConfig(**(defaults | overrides))
+        return self.preset.session_config(**overrides)
 
     def new_session(self, config: SessionConfig | None = None, *, noise: NoiseSource | None = None) -> Session:
         """Return a fresh session.

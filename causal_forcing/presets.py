@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from causal_forcing.config import (
     DEFAULT_STEPS,
+    SessionConfig,
     SinkRope,
     TextEncoderConfig,
     TinyVaeConfig,
@@ -146,6 +148,25 @@ class Preset:
         if vae not in self.vaes:
             raise InvalidRequest("vae", vae, f"preset {self.name} has {', '.join(self.vaes)}", reason="UNKNOWN_VAE")
         return self.vaes[vae]
+
+    def session_config(self, **overrides: object) -> SessionConfig:
+        """Return the defaults of a session of this model with some fields replaced.
+
+        Steps that are given apply to the first chunk as well, unless its steps are given, too.
+
+        Raises:
+            InvalidRequest: If a value is not allowed.
+        """
+        defaults: dict[str, Any] = {
+            "height": self.height,
+            "width": self.width,
+            "denoising_steps": self.denoising_steps,
+            "first_chunk_steps": None if "denoising_steps" in overrides else self.first_chunk_steps,
+            "window_frames": self.window_frames,
+            "sink_frames": self.sink_frames,
+            "sink_rope": self.sink_rope,
+        }
+        return SessionConfig(**(defaults | overrides))
 
 
 WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
