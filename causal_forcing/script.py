@@ -146,7 +146,9 @@ def read_script(path: str | Path, *, defaults: Mapping[str, str] | None = None) 
     return parse_script(text, defaults=defaults)
 
 
-def schedule(lines: Sequence[ScriptLine], *, chunk_frames: int) -> tuple[ScheduledPrompt, ...]:
+def schedule(
+    lines: Sequence[ScriptLine], *, chunk_frames: int, given_frames: int = 0, given_shown: bool = True
+) -> tuple[ScheduledPrompt, ...]:
     """Return the chunk at which each line takes effect: the first chunk that starts at or after the line's time.
 
     A scene cut begins with a latent frame that decodes to one pixel frame, so it moves the chunks that follow.
@@ -154,16 +156,19 @@ def schedule(lines: Sequence[ScriptLine], *, chunk_frames: int) -> tuple[Schedul
     Args:
         lines: A parsed script.
         chunk_frames: Latent frames a chunk.
+        given_frames: Latent frames the stream begins with (a start image has one); chunk 0 follows them.
+        given_shown: Whether the given frames are part of the video, whose time is counted from their start.
 
     Raises:
         InvalidRequest: Two lines fall on the same chunk.
     """
     scheduled: list[ScheduledPrompt] = []
-    scene_chunk = scene_frame = 0
+    first_frame = 0 if given_shown else -pixel_frames(given_frames, first=True)
+    scene = _Scene(chunk=0, frame=first_frame, latents=given_frames, chunk_frames=chunk_frames)
     for line in lines:
         target = math.ceil(line.time_s * FRAMES_PER_SECOND - 1e-6)
-        chunk = scene_chunk
-        while (frame := scene_frame + pixel_frames((chunk - scene_chunk) * chunk_frames, first=True)) < target:
+        chunk = scene.chunk
+        while scene.start_of(chunk) < target:
             chunk += 1
         if scheduled and chunk <= scheduled[-1].chunk:
             chunk_s = pixel_frames(chunk_frames, first=False) / FRAMES_PER_SECOND
@@ -173,10 +178,31 @@ def schedule(lines: Sequence[ScriptLine], *, chunk_frames: int) -> tuple[Schedul
                 f"must start a chunk of its own; a chunk lasts {chunk_s:g}s",
                 reason=_SCRIPT_REASON,
             )
-        if line.update.policy is SwitchPolicy.SCENE_CUT:
-            scene_chunk, scene_frame = chunk, frame
+        if scheduled and line.update.policy is SwitchPolicy.SCENE_CUT:
+            scene = _Scene(chunk, scene.start_of(chunk), latents=0, chunk_frames=chunk_frames)
         scheduled.append(ScheduledPrompt(chunk, line.update))
     return tuple(scheduled)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Frames since the decoder was last fresh.
+
+    Attributes:
+        chunk: First chunk generated in the scene.
+        frame: Pixel frame of the video at which the scene begins.
+        latents: Latent frames of the scene before that chunk.
+        chunk_frames: Latent frames a chunk.
+    """
+
+    chunk: int
+    frame: int
+    latents: int
+    chunk_frames: int
+
+    def start_of(self, chunk: int) -> int:
+        """Return the pixel frame at which a chunk of the scene starts."""
+        return self.frame + pixel_frames(self.latents + (chunk - self.chunk) * self.chunk_frames, first=True)
 
 
 def _parse_line(number: int, text: str, defaults: Mapping[str, str]) -> ScriptLine:

@@ -147,6 +147,21 @@ def test_a_prompt_takes_effect_at_the_first_chunk_not_before_its_time(time_ms: i
     assert before_s < time_ms / 1000 <= start_s
 
 
+@pytest.mark.parametrize(
+    ("given", "shown", "starts_s"),
+    [
+        (1, True, [1 / 16, 5 / 16, 9 / 16]),  # a start image is the first frame
+        (6, False, [0.0, 4 / 16, 8 / 16]),  # a continued video is not shown again: every latent is four frames
+    ],
+)
+def test_given_frames_move_the_chunks(given: int, shown: bool, starts_s: list[float]) -> None:
+    lines = script.parse_script("0s a\n" + "\n".join(f"{s}s b" for s in starts_s[1:]))
+    scheduled = script.schedule(lines, chunk_frames=1, given_frames=given, given_shown=shown)
+    assert [item.chunk for item in scheduled] == [0, 1, 2]
+    late = script.parse_script(f"0s a\n{starts_s[1] + 0.001:.4f}s b")
+    assert script.schedule(late, chunk_frames=1, given_frames=given, given_shown=shown)[1].chunk == 2
+
+
 def test_two_prompts_of_one_chunk_are_refused() -> None:
     with pytest.raises(
         InvalidRequest, match=r"^script line 3: got '0.6s'; must start a chunk of its own; .* lasts 0.75s"
