@@ -48,7 +48,8 @@ def blend(embeds: Sequence[Tensor], weights: Sequence[float], method: Blend = Bl
         return interpolate(embeds[0], embeds[1], shares[1], Blend.SLERP)
     mixed = torch.stack([s * e.float() for s, e in zip(shares, embeds, strict=True)]).sum(0)
     norm = torch.stack([s * e.float().norm() for s, e in zip(shares, embeds, strict=True)]).sum()
-    return (mixed * (norm / mixed.norm().clamp_min(_EPS))).to(embeds[0].dtype)
+    rescaled: Tensor = mixed * (norm / mixed.norm().clamp_min(_EPS))
+    return rescaled.to(embeds[0].dtype)
 
 
 def interpolate(source: Tensor, target: Tensor, t: float, method: Blend = Blend.LINEAR) -> Tensor:

@@ -174,6 +174,10 @@ class KeyValueCache:
         """Commit a plan: its frames are now part of the past."""
         self.cursor = replace(self.cursor, end=plan.start + plan.frames)
 
+    def skip(self, frames: int) -> None:
+        """Count frames as held without writing them; a rebuild must follow before anything reads."""
+        self.cursor = replace(self.cursor, end=self.cursor.end + frames)
+
     def begin_scene(self) -> None:
         """Forget everything; the next frame is the first of a scene, at the position that follows."""
         end = self.cursor.end

@@ -1,7 +1,8 @@
 """Rotary position embedding over (time, row, column), computed on demand for any position.
 
-Adjacent elements ``(2i, 2i+1)`` of a head are one complex pair; the first pairs rotate with the latent frame's position, the
-next with the token's row, the last with its column. Nothing is tabulated along time, so positions have no limit.
+Adjacent elements ``(2i, 2i+1)`` of a head are one complex pair; the first pairs rotate with the latent frame's
+position, the next with the token's row, the last with its column. Nothing is tabulated along time, so positions have
+no limit.
 
 Source: Wan2.1 ``wan/modules/model.py`` (rope_params, rope_apply); thu-ml/Causal-Forcing@1fc7bbc.
 """

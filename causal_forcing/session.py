@@ -1,6 +1,6 @@
 """One user's stream: a few host integers and tensors, advanced chunk by chunk.
 
-A session owns a :class:`SessionState` and borrows everything else from the engine. :meth:`Session._next_chunk` is the whole
+A session owns a :class:`SessionState` and borrows everything else from the engine. ``Session._next_chunk`` is the whole
 product on one screen: apply the prompt, denoise, write the context, advance.
 """
 
@@ -26,9 +26,7 @@ from causal_forcing.transformer import ChunkContext
 
 if TYPE_CHECKING:
     from causal_forcing.engine import Engine
-
-FLUSH_KEEP_FRAMES = 2
-"""Latent frames that survive a flush beside the sink. Source: Infinity-RoPE (63d7b84)."""
+    from causal_forcing.record import Snapshot
 
 
 @dataclass(frozen=True)
@@ -183,11 +181,29 @@ class Session:
         """Return to the state of a fresh session (no prompt, no frames), keeping the allocations."""
         self.state.reset()
 
-    def rebuild_cache(self) -> None:
-        """Recompute keys and values of every held frame from its latents, oldest first, under the current prompt.
+    def snapshot(self) -> Snapshot:
+        """Return a copy of the whole state, from which :meth:`restore` continues bit for bit.
 
-        This is what the ``recache`` policy, an anchor and a fast restore do. Every frame keeps its position; frames that
-        were evicted no longer have an influence.
+        Raises:
+            SessionStateError: If the session has failed.
+        """
+        from causal_forcing.record import Snapshot
+
+        return Snapshot.take(self)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Replace the whole state; nothing changes if the snapshot does not fit.
+
+        Raises:
+            InvalidRequest: If it is of another model or configuration, or a part is missing, extra or misshapen.
+        """
+        snapshot.apply(self)
+
+    def rebuild_cache(self) -> None:
+        """Recompute the keys and values of every held frame from its latents, under the prompt in force.
+
+        Oldest first. This is what the ``recache`` policy, an anchor and a fast restore do. Every frame keeps its
+        position; frames that were evicted no longer have an influence.
         """
         cache = self.state.cache
         cursor, held = cache.cursor, cache.held_positions()
@@ -219,12 +235,9 @@ class Session:
         if change is None:
             return
         state.text = self.engine.transformer.read_text(change.embeds)
+        state.forget(change)
         if change.policy is SwitchPolicy.RECACHE and state.position:
             self.rebuild_cache()
-        elif change.policy is SwitchPolicy.FLUSH and change.is_first:
-            state.cache.flush(FLUSH_KEEP_FRAMES)
-        elif change.policy is SwitchPolicy.SCENE_CUT and change.is_first and state.position:
-            state.begin_scene()
 
     def _apply_anchor(self) -> None:
         """Rebuild the cache where the configuration says so, so that an exact restore can start here."""

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from causal_forcing.vae import DecoderState
 
 
+FLUSH_KEEP_FRAMES = 2
+"""Latent frames that survive a flush beside the sink. Source: Infinity-RoPE (63d7b84)."""
+
+
 @dataclass(frozen=True)
 class PromptChange:
     """What a chunk boundary changes about the prompt.
@@ -43,7 +47,8 @@ class PromptState:
         source: Embedding that a running transition left from; None outside one.
         target: Embedding that it leads to.
         step: Chunks of the transition begun so far.
-        chunk: Chunk whose boundary was handled last, so that trying it again changes nothing.
+        chunk: Chunk whose boundary was handled last. A chunk's boundary happens once, however often the chunk is tried;
+            an update that arrives between two tries waits for the next boundary.
         announced: Whether a chunk made under ``update`` was committed.
         waiting: The next update and its blended embedding; a later one replaces it.
     """
@@ -73,14 +78,15 @@ class PromptState:
         Raises:
             SessionStateError: If there is no prompt at all (reason ``NO_PROMPT``).
         """
+        if self.embeds is None and self.waiting is None:
+            raise SessionStateError("the session has no prompt yet", reason="NO_PROMPT")
+        if self.chunk == chunk:
+            return None
+        self.chunk = chunk
         if self.waiting is not None:
             (update, target), self.waiting = self.waiting, None
-            return self._switch(update, target, chunk)
-        if self.embeds is None or self.update is None:
-            raise SessionStateError("the session has no prompt yet", reason="NO_PROMPT")
-        if self.target is None or self.chunk == chunk:
-            return None
-        return self._step(chunk, is_first=False)
+            return self._switch(update, target)
+        return None if self.target is None else self._step(is_first=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors it holds, by name."""
@@ -89,20 +95,20 @@ class PromptState:
             named["waiting"] = self.waiting[1]
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def _switch(self, update: PromptUpdate, target: Tensor, chunk: int) -> PromptChange:
+    def _switch(self, update: PromptUpdate, target: Tensor) -> PromptChange:
         source = self.embeds
         self.update, self.announced, self.step = update, False, 0
         if source is None or update.transition_chunks <= 1 or is_negligible(source, target):
-            self.embeds, self.source, self.target, self.chunk = target, None, None, chunk
+            self.embeds, self.source, self.target = target, None, None
             return PromptChange(target, update.policy, is_first=True)
         self.source, self.target = source, target
-        return self._step(chunk, is_first=True)
+        return self._step(is_first=True)
 
-    def _step(self, chunk: int, *, is_first: bool) -> PromptChange:
+    def _step(self, *, is_first: bool) -> PromptChange:
         assert self.update is not None
         assert self.source is not None
         assert self.target is not None
-        self.step, self.chunk = self.step + 1, chunk
+        self.step += 1
         share = self.step / self.update.transition_chunks
         self.embeds = interpolate(self.source, self.target, share, self.update.transition)
         if share >= 1:
@@ -147,7 +153,7 @@ class SessionState:
         return self.cache.cursor.end == self.cache.cursor.origin
 
     def nbytes_by_part(self) -> dict[str, int]:
-        """Return the bytes of each part: ``self_attention``, ``cross_attention``, ``decoder``, ``latents``, ``prompt``."""
+        """Return the bytes of ``self_attention``, ``cross_attention``, ``decoder``, ``latents`` and ``prompt``."""
         return {
             "self_attention": self.cache.nbytes,
             "cross_attention": self.text.nbytes if self.text else 0,
@@ -177,11 +183,16 @@ class SessionState:
         """Return the kept latents of these positions, ``[1, 16, len(positions), h, w]``."""
         return torch.cat([self.latents[p] for p in positions], dim=2)
 
-    def begin_scene(self) -> None:
-        """Forget all frames; the prompt stays."""
-        self.cache.begin_scene()
-        self.latents.clear()
-        self.scene_chunks = 0
+    def forget(self, change: PromptChange) -> None:
+        """Drop the frames that a prompt change's policy does not want to remember."""
+        if not change.is_first or not self.position:
+            return
+        if change.policy is SwitchPolicy.FLUSH:
+            self.cache.flush(FLUSH_KEEP_FRAMES)
+        elif change.policy is SwitchPolicy.SCENE_CUT:
+            self.cache.begin_scene()
+            self.latents.clear()
+            self.scene_chunks = 0
 
     def reset(self) -> None:
         """Return to the state of a fresh session, keeping the allocations."""

@@ -1,0 +1,297 @@
+"""Comparison with golden tensors: every file of a folder goes through the production classes, noise injected.
+
+The folder's layout is that of ``tests/golden/README.md``; dimensions are read from each file's ``config``. A file of
+unknown contents, a run that could not be executed, and an empty folder are failures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from causal_forcing.config import SinkRope, TextEncoderConfig, TransformerConfig, VaeConfig
+from causal_forcing.engine import Engine
+from causal_forcing.errors import CausalForcingError
+from causal_forcing.flow import sigma_table, timestep_table, to_x0, warp_steps
+from causal_forcing.geometry import SPATIAL_STRIDE, Geometry
+from causal_forcing.presets import get_preset
+from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
+from causal_forcing.session import Chunk, Session
+from causal_forcing.text_encoder import build_encoder, encode_ids
+from causal_forcing.transformer import CausalTransformer
+from causal_forcing.vae import WanVae
+from causal_forcing.weights import umt5_to_transformers
+
+TRANSFORMER_TOLERANCE = 2e-5
+SCHEDULER_TOLERANCE = 1e-5
+ENCODER_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        file: The golden file.
+        name: What was compared.
+        error: Largest absolute difference; infinite for a shape that differs or a value that is not finite.
+        tolerance: Largest allowed.
+        problem: Why nothing could be compared, or None.
+    """
+
+    file: str
+    name: str
+    error: float
+    tolerance: float
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the comparison was made and is within tolerance."""
+        return self.problem is None and self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden file: its tensors and its ``config``."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        """Return the file's contents."""
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return cls(path.stem, {key: file.get_tensor(key) for key in file.keys()}, config)  # noqa: SIM118
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights stored beside the data."""
+        return {key.removeprefix("weights."): t for key, t in self.tensors.items() if key.startswith("weights.")}
+
+
+@dataclass(frozen=True)
+class RecordedNoise:
+    """Noise of a recorded run, as a :class:`~causal_forcing.noise.NoiseSource`.
+
+    Attributes:
+        start: ``[1, C, frames, h, w]`` starting noise.
+        after_step: ``[1, C, frames, steps, h, w]`` noise added after each step.
+        first_chunk: Index of the first generated chunk.
+        chunk_frames: Latent frames a chunk.
+    """
+
+    start: Tensor
+    after_step: Tensor
+    first_chunk: int
+    chunk_frames: int
+
+    def __call__(self, chunk: int, draw: int, shape: tuple[int, ...]) -> Tensor:
+        """Return one draw; see :class:`~causal_forcing.noise.NoiseSource`."""
+        first = (chunk - self.first_chunk) * self.chunk_frames
+        frames = slice(first, first + shape[2])
+        return self.start[:, :, frames] if draw == 0 else self.after_step[:, :, frames, draw - 1]
+
+
+def run_parity(folder: Path) -> list[Check]:
+    """Return every comparison of a golden folder; a folder without golden files gives one failed check."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        return [Check(str(folder), "folder", float("inf"), 0.0, "no golden files (*.safetensors) in it")]
+    weights_path = folder / "dit_weights.safetensors"
+    checks: list[Check] = []
+    for path in paths:
+        try:
+            found = list(_compare(Golden.read(path), weights_path))
+        except (CausalForcingError, SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+            found = [Check(path.stem, "run", float("inf"), 0.0, f"not executed: {type(error).__name__}: {error}")]
+        checks += found
+    return checks or [Check(str(folder), "folder", float("inf"), 0.0, "weights, but no run to compare")]
+
+
+def format_table(checks: list[Check]) -> str:
+    """Return the comparisons as a table for people."""
+    width = max(len(f"{c.file} {c.name}") for c in checks)
+    rows = [f"{'run':{width}}  {'max abs error':>13}  {'tolerance':>9}"]
+    for check in checks:
+        verdict = "ok" if check.passed else f"FAILED {check.problem or ''}".rstrip()
+        name = f"{check.file} {check.name}"
+        rows.append(f"{name:{width}}  {check.error:13.2e}  {check.tolerance:9.0e}  {verdict}")
+    failed = sum(not c.passed for c in checks)
+    rows.append(f"{len(checks)} comparisons, {failed} failed")
+    return "\n".join(rows)
+
+
+def _compare(golden: Golden, weights_path: Path) -> Iterator[Check]:
+    kinds: dict[str, Callable[[], Iterator[Check]]] = {
+        "patch_embedding.weight": lambda: iter(()),  # the transformer runs' weights; no run of its own
+        "sigmas": lambda: _compare_scheduler(golden),
+        "pixels": lambda: _compare_vae(golden),
+        "prompt_embeds": lambda: _compare_text_encoder(golden),
+        "renoise": lambda: _compare_transformer(golden, Golden.read(weights_path)),
+    }
+    kind = next((key for key in kinds if key in golden.tensors), None)
+    if kind is None:
+        raise ValueError(f"unknown contents: {sorted(golden.tensors)[:5]}")
+    yield from kinds[kind]()
+
+
+def _check(golden: Golden, name: str, ours: Tensor, tolerance: float, reference: Tensor | None = None) -> Check:
+    expected = golden.tensors[name] if reference is None else reference
+    if ours.shape != expected.shape:
+        problem = f"shape {list(ours.shape)}, expected {list(expected.shape)}"
+        return Check(golden.name, name, float("inf"), tolerance, problem)
+    error = float((ours.double() - expected.double()).abs().max())
+    return Check(golden.name, name, error if error == error else float("inf"), tolerance)  # noqa: PLR0124 (NaN)
+
+
+def _compare_scheduler(golden: Golden) -> Iterator[Check]:
+    yield _check(golden, "sigmas", sigma_table(), SCHEDULER_TOLERANCE)
+    yield _check(golden, "timesteps", timestep_table(), SCHEDULER_TOLERANCE)
+    for name, steps in (("warp_4", (1000, 750, 500, 250)), ("warp_2", (1000, 500)), ("warp_1", (1000,))):
+        yield _check(golden, name, _timesteps(steps), SCHEDULER_TOLERANCE)
+
+
+def _timesteps(steps: tuple[int, ...]) -> Tensor:
+    return torch.tensor([level.timestep for level in warp_steps(steps)])
+
+
+def _compare_vae(golden: Golden) -> Iterator[Check]:
+    config = golden.config
+    vae = WanVae(
+        VaeConfig(
+            base_dim=config["dim"],
+            dim_mult=tuple(config["dim_mult"]),
+            num_res_blocks=config["num_res_blocks"],
+            temporal_downsample=tuple(config["temperal_downsample"]),
+            z_dim=config["z_dim"],
+            latent_mean=tuple(golden.tensors["latent_mean"].tolist()),
+            latent_std=tuple(golden.tensors["latent_std"].tolist()),
+        )
+    )
+    vae.load_state_dict(golden.weights())
+    with torch.inference_mode():
+        latent, video = golden.tensors["latent"], golden.tensors["video"]
+        yield _check(golden, "pixels", vae.decode_unclamped(latent, vae.new_decoder_state(_geometry_of(latent))), 1e-4)
+        yield _check(golden, "video_latent", vae.encode(video), ENCODER_TOLERANCE)
+        yield _check(golden, "image_latent", vae.encode(video[:, :, :1]), ENCODER_TOLERANCE)
+
+
+def _compare_text_encoder(golden: Golden) -> Iterator[Check]:
+    c = golden.config
+    config = TextEncoderConfig(
+        vocab_size=c["vocab"],
+        d_model=c["dim"],
+        d_kv=c["dim_attn"] // c["num_heads"],
+        num_heads=c["num_heads"],
+        d_ff=c["dim_ffn"],
+        num_layers=c["num_layers"],
+        num_buckets=c["num_buckets"],
+        text_len=golden.tensors["ids"].shape[1],
+    )
+    encoder = build_encoder(config)
+    encoder.load_state_dict(umt5_to_transformers(golden.weights()))
+    with torch.inference_mode():
+        ours = encode_ids(encoder, golden.tensors["ids"], golden.tensors["mask"], config.text_len)
+    yield _check(golden, "prompt_embeds", ours, ENCODER_TOLERANCE)
+    real = golden.tensors["mask"].bool()
+    yield _check(golden, "raw", ours[real], ENCODER_TOLERANCE, golden.tensors["raw"][real])
+
+
+def _compare_transformer(golden: Golden, weights: Golden) -> Iterator[Check]:
+    session, first_forward = _open_session(golden, weights)
+    chunk_frames = session.engine.preset.chunk_frames
+    chunks: list[Chunk] = []
+    _switch_prompt(session, golden, 0)
+    if "initial" in golden.tensors:
+        chunks.append(session.start_from(_channels_first(golden.tensors["initial"])))
+    switches = {chunk: number for number, chunk in enumerate(golden.config.get("switch_at", ()), start=1)}
+    for index in range(golden.config["num_frames"] // chunk_frames):
+        if index in switches:
+            _switch_prompt(session, golden, switches[index])
+        chunks.append(session.generate_chunk())
+    latents = _frames_first(torch.cat([chunk.latents for chunk in chunks], dim=2))
+    yield _check(golden, "first_flow", _frames_first(first_forward[0]), TRANSFORMER_TOLERANCE)
+    config = session.config
+    first_steps = config.first_chunk_steps or config.denoising_steps
+    first_x0 = to_x0(first_forward[1], first_forward[0], warp_steps(first_steps)[0].sigma)
+    yield _check(golden, "first_x0", _frames_first(first_x0), TRANSFORMER_TOLERANCE)
+    yield _check(golden, "latents", latents, TRANSFORMER_TOLERANCE)
+    cache = session.state.cache
+    last = session.engine.transformer.config.num_layers - 1
+    yield _check(golden, "kv_k_layer0", cache.in_order(0)[0].transpose(1, 2), TRANSFORMER_TOLERANCE)
+    yield _check(golden, "kv_v_last", cache.in_order(last)[1].transpose(1, 2), TRANSFORMER_TOLERANCE)
+    yield _check(golden, "warped_steps", _timesteps(config.denoising_steps), SCHEDULER_TOLERANCE)
+    yield _check(golden, "warped_first_steps", _timesteps(first_steps), SCHEDULER_TOLERANCE)
+
+
+def _open_session(golden: Golden, weights: Golden) -> tuple[Session, list[Tensor]]:
+    """Return a session that replays the run's noise, and a list that will hold its first velocity and input."""
+    c = golden.config
+    config = TransformerConfig(
+        dim=c["dim"],
+        ffn_dim=c["ffn_dim"],
+        num_heads=c["num_heads"],
+        num_layers=c["num_layers"],
+        freq_dim=c["freq_dim"],
+        text_dim=c["text_dim"],
+        text_len=c["text_len"],
+    )
+    transformer = CausalTransformer(config)
+    transformer.load_state_dict(dict(weights.tensors))
+    chunk_frames = c["num_frame_per_block"]
+    preset = replace(get_preset("tiny"), name=golden.name, transformer=config, chunk_frames=chunk_frames)
+    windowed = c["local_attn_size"] != -1
+    engine = Engine(preset, transformer)
+    session_config = engine.session_config(
+        height=c["latent_h"] * SPATIAL_STRIDE,
+        width=c["latent_w"] * SPATIAL_STRIDE,
+        denoising_steps=tuple(c["steps"]),
+        first_chunk_steps=tuple(c["first_steps"]) if "first_steps" in c else None,
+        window_frames=c["local_attn_size"] if windowed else None,
+        max_frames=c["cache_frames"],
+        sink_frames=c["sink_size"],
+        sink_rope=SinkRope.FIXED,
+    )
+    noise = RecordedNoise(
+        start=_channels_first(golden.tensors["noise"]),
+        after_step=golden.tensors["renoise"].permute(0, 3, 1, 2, 4, 5),  # [1, F, steps, C, h, w] -> [1, C, F, ...]
+        first_chunk=1 if "initial" in golden.tensors else 0,
+        chunk_frames=chunk_frames,
+    )
+    first: list[Tensor] = []
+
+    def keep_first(_module: torch.nn.Module, arguments: tuple[Any, ...], velocity: Tensor) -> None:
+        if not first:
+            first.extend((velocity.clone(), arguments[0].clone()))
+
+    transformer.register_forward_hook(keep_first)
+    return engine.new_session(session_config, noise=noise), first
+
+
+def _switch_prompt(session: Session, golden: Golden, number: int) -> None:
+    name = f"prompt{number}"
+    update = PromptUpdate((WeightedPrompt(name),), prompt_id=name)
+    session.update_prompt(update, [PromptEmbedding(golden.tensors[name], name)])
+
+
+def _geometry_of(latents: Tensor) -> Geometry:
+    return Geometry(latents.shape[-2] * SPATIAL_STRIDE, latents.shape[-1] * SPATIAL_STRIDE)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """Return ``[1, C, F, h, w]`` of a golden ``[1, F, C, h, w]``."""
+    return x.transpose(1, 2)
+
+
+def _frames_first(x: Tensor) -> Tensor:
+    """Return a golden's ``[1, F, C, h, w]`` of our ``[1, C, F, h, w]``."""
+    return x.transpose(1, 2)
