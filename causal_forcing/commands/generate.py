@@ -1,0 +1,241 @@
+"""`causal-forcing generate`: a video made in this process, written chunk by chunk."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from types import FrameType
+
+import torch
+from tqdm import tqdm
+
+from causal_forcing.commands import request as request_options
+from causal_forcing.commands.request import GenerateRequest, read_request
+from causal_forcing.engine import Engine
+from causal_forcing.errors import SessionStateError
+from causal_forcing.geometry import FRAMES_PER_SECOND, Geometry, pixel_frames
+from causal_forcing.media import Frames, FrameWriter, open_writer, read_image, read_video, to_frames
+from causal_forcing.prompts import PromptUpdate
+from causal_forcing.record import SessionRecord
+from causal_forcing.sampler import Stopped
+from causal_forcing.script import ScheduledPrompt, schedule
+from causal_forcing.session import Chunk, Session
+
+UNTRAINED = "preset {} has random weights: it has not been trained, and the video shows noise, not the prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `generate`."""
+    request_options.add_arguments(parser)
+    parser.add_argument("--weights-dir", type=Path, help="folder of downloaded weights")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate the video and print how fast that was; return 0, or 130 if it was interrupted."""
+    request = read_request(args)
+    with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
+        if not request.preset.trained:
+            print(UNTRAINED.format(request.preset.name), file=sys.stderr)
+        engine = Engine.load(
+            request.preset,
+            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            vae=request.vae,
+            weights_dir=args.weights_dir,
+        )
+        with _progress_bar(request, quiet=args.quiet) as bar:
+            run = Run(request, engine, writer, bar, stop)
+            run.generate()
+        if not writer.frame_count:
+            raise KeyboardInterrupt
+    if request.save_record and run.record:
+        _save_record(run.record, request.save_record)
+    print(run.speed.summary(writer))
+    return 130 if stop.is_set() else 0
+
+
+@dataclass
+class Speed:
+    """When chunks were ready, in seconds since the prompt was given.
+
+    Attributes:
+        started_s: Clock at the start.
+        first_s: From the start to the pixels of the first chunk (TTFC), or None.
+        last_s: From the start to the newest pixels.
+        first_frames: Pixel frames of the first chunk.
+        frames: Pixel frames so far.
+    """
+
+    started_s: float = field(default_factory=time.perf_counter)
+    first_s: float | None = None
+    last_s: float = 0.0
+    first_frames: int = 0
+    frames: int = 0
+
+    def add(self, frames: int) -> None:
+        """Note that a chunk's pixels are ready."""
+        self.last_s = time.perf_counter() - self.started_s
+        self.frames += frames
+        if self.first_s is None:
+            self.first_s, self.first_frames = self.last_s, frames
+
+    @property
+    def fps(self) -> float:
+        """Pixel frames a second after the first chunk; 0 before the second."""
+        elapsed_s = self.last_s - (self.first_s or 0.0)
+        return (self.frames - self.first_frames) / elapsed_s if elapsed_s > 0 else 0.0
+
+    def summary(self, writer: FrameWriter) -> str:
+        """Return one line: what was written, TTFC, FPS and the real-time factor."""
+        seconds = writer.frame_count / FRAMES_PER_SECOND
+        return (
+            f"wrote {writer.path}: {writer.frame_count} frames ({seconds:.2f} s), TTFC {self.first_s or 0.0:.3f} s, "
+            f"{self.fps:.1f} FPS ({self.fps / FRAMES_PER_SECOND:.2f} x real time)"
+        )
+
+
+class Run:
+    """One video being made: the session, where its frames go, and how fast they come.
+
+    Attributes:
+        speed: Of generation and decoding.
+        record: The session's record, kept only if it was asked for.
+    """
+
+    def __init__(
+        self, request: GenerateRequest, engine: Engine, writer: FrameWriter, bar: tqdm[None], stop: Event
+    ) -> None:
+        self.speed = Speed()
+        self.record: SessionRecord | None = None
+        self._request = request
+        self._engine = engine
+        self._writer = writer
+        self._bar = bar
+        self._stop = stop
+        self._update: PromptUpdate | None = None
+
+    def generate(self) -> None:
+        """Write chunks until the video is as long as was asked for, or an interrupt stops it."""
+        session, prompts = self._begin()
+        switches = {prompt.chunk: prompt.update for prompt in prompts}
+        index = 0
+        while not self._stop.is_set() and not self._is_complete(index):
+            if index in switches:
+                self._switch(session, switches[index])
+            try:
+                chunk = session.generate_chunk(should_stop=self._stop.is_set)
+            except Stopped:
+                break
+            self._take(session, chunk)
+            index += 1
+
+    def _begin(self) -> tuple[Session, tuple[ScheduledPrompt, ...]]:
+        """Return the session and its schedule, with the given frames, if any, already in its past."""
+        request, chunk_frames = self._request, self._engine.preset.chunk_frames
+        keep = request.save_record is not None
+        if request.record is not None:
+            session = request.record.restore(self._engine, request.restore)
+            self.record = request.record if keep else None
+            prompts = schedule(
+                request.lines, chunk_frames=chunk_frames, given_frames=session.state.position, given_shown=False
+            )
+            return session, prompts
+        session = self._engine.new_session(request.config)
+        self.record = SessionRecord(request.preset.name, request.config) if keep else None
+        given = self._given_latents(session)
+        count = 0 if given is None else given.shape[2]
+        prompts = schedule(
+            request.lines, chunk_frames=chunk_frames, given_frames=count, given_shown=request.video is None
+        )
+        self._switch(session, prompts[0].update)
+        if given is not None:
+            self._take(session, session.start_from(given), given=True)
+        return session, prompts[1:]
+
+    def _given_latents(self, session: Session) -> torch.Tensor | None:
+        request, engine, geometry = self._request, self._engine, self._request.config.geometry
+        pixels = _given_pixels(request, geometry, session.config.cache_frames, engine.preset.chunk_frames)
+        if pixels is None:
+            return None
+        if engine.vae is None:
+            raise SessionStateError("the engine was loaded without a VAE", reason="NO_VAE")
+        with torch.inference_mode():
+            return engine.vae.encode(pixels.to(engine.device, engine.dtype))
+
+    def _switch(self, session: Session, update: PromptUpdate) -> None:
+        self._update = update
+        session.update_prompt(update)
+
+    def _take(self, session: Session, chunk: Chunk, *, given: bool = False) -> None:
+        """Decode a chunk and write what of it belongs to the video."""
+        frames = to_frames(session.decode(chunk))
+        if self.record is not None:
+            self.record.append(chunk, self._update if chunk.prompt_applied else None, given=given)
+        if given and self._request.video is not None:
+            return  # a continuation holds only what is new
+        self.speed.add(len(frames))
+        self._write(frames)
+
+    def _write(self, frames: Frames) -> None:
+        wanted = self._request.length.frames
+        if wanted is not None:
+            frames = frames[: wanted - self._writer.frame_count]
+        self._writer.write(frames)
+        self._bar.set_postfix_str(f"{self.speed.fps:.1f} FPS, TTFC {self.speed.first_s or 0.0:.2f} s", refresh=False)
+        self._bar.update(len(frames))
+
+    def _is_complete(self, index: int) -> bool:
+        length = self._request.length
+        if length.chunks is not None:
+            return index >= length.chunks
+        return self._writer.frame_count >= (length.frames or 0)
+
+
+def _given_pixels(
+    request: GenerateRequest, geometry: Geometry, cache_frames: int, chunk_frames: int
+) -> torch.Tensor | None:
+    if request.image is not None:
+        return read_image(request.image, geometry)
+    if request.video is not None:
+        latents = max(1, min(cache_frames, request.preset.window_frames) - chunk_frames)
+        return read_video(request.video, geometry, max_frames=pixel_frames(latents, first=True))
+    return None
+
+
+def _save_record(record: SessionRecord, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    record.save(temporary)
+    temporary.replace(path)
+
+
+def _progress_bar(request: GenerateRequest, *, quiet: bool) -> tqdm[None]:
+    length = request.length
+    total = length.frames
+    if total is None:
+        total = pixel_frames((length.chunks or 0) * request.preset.chunk_frames, first=True)
+    return tqdm(total=total, unit="frame", disable=quiet, file=sys.stderr)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Event]:
+    """Yield an event that the first Ctrl-C sets, so that what is finished is kept; a second one kills as usual."""
+    stop = Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
