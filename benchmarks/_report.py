@@ -1,0 +1,37 @@
+"""Writes a benchmark's result as JSON beside what it was measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Return median, 99th percentile and maximum of at least one value."""
+    ordered = sorted(values)
+    at = min(len(ordered) - 1, int(0.99 * len(ordered)))
+    return {"p50": round(statistics.median(ordered), 4), "p99": round(ordered[at], 4), "max": round(ordered[-1], 4)}
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Print a result and store it under ``benchmarks/results/NAME.json``."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    document = {
+        "commit": commit.stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "load": round(os.getloadavg()[0], 2)},
+        **result,
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(text)
+    print(text, end="")
