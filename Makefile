@@ -8,10 +8,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
+BENCHMARKS := grant_router gateway_path
 ARGS ?=
 
 .PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench readme-numbers \
-	full-size constraints clean distclean
+	constraints clean distclean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,13 @@ protos-breaking: $(STAMP) ## Compare the protos with the main branch: nothing ma
 
 parity: $(STAMP) ## Compare the engine with golden tensors (GOLDEN=DIR).
 	$(VENV)/bin/causal-forcing parity $(GOLDEN)
+
+bench: $(STAMP) ## Measure everything again (minutes) and fill the README's table.
+	for name in $(BENCHMARKS); do OMP_NUM_THREADS=2 $(PYTHON) benchmarks/$$name.py $(ARGS); done
+	$(MAKE) readme-numbers
+
+readme-numbers: $(STAMP) ## Fill the README's table from benchmarks/results.
+	$(PYTHON) benchmarks/readme.py
 
 clean: ## Remove what builds and runs leave behind.
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .demo demo.mp4

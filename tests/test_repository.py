@@ -1,0 +1,147 @@
+"""What the README and the packaging promise is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from causal_forcing import cli
+
+ROOT = Path(__file__).parents[1]
+
+LIGHT_MODULES = (
+    "causal_forcing.cli",
+    "causal_forcing.config",
+    "causal_forcing.errors",
+    "causal_forcing.presets",
+    "causal_forcing.prompts",
+    "causal_forcing.script",
+    "protos.causal_forcing.v1.video_pb2_grpc",
+    "serve.client",
+)
+"""What a gRPC client imports."""
+
+HEAVY_MODULES = ("av", "numpy", "PIL", "ray", "safetensors", "torch", "tqdm", "transformers")
+"""What the base install does not bring."""
+
+
+def tracked(*patterns: str) -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so there is no list of its files")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def commands_in(document: Path) -> list[str]:
+    """Return the lines of a document's shell blocks, and the commands it quotes inline."""
+    text = document.read_text()
+    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text, re.DOTALL)
+    lines = [line.removeprefix("$ ").strip() for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`((?:make|causal-forcing) [^`]+)`", text)
+    return [line for line in lines + inline if line and not line.startswith("#")]
+
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_in_the_documents_exists(name: str) -> None:
+    targets = make_targets()
+    for line in commands_in(ROOT / name):
+        words = line.split()
+        if "make" in words:
+            for word in words[words.index("make") + 1 :]:
+                if not re.fullmatch(r"[a-z-]+", word) or word == "make":
+                    break
+                assert word in targets, line
+        command = next((i for i, word in enumerate(words) if word.endswith("causal-forcing")), None)
+        if command is not None and command + 1 < len(words) and words[command + 1].isalpha():
+            assert words[command + 1] in cli.COMMANDS, line
+
+
+def test_the_readme_shows_both_main_commands() -> None:
+    assert {"make demo", "make test"} <= {" ".join(c.split()[:2]) for c in commands_in(ROOT / "README.md")}
+
+
+def test_options_in_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in commands_in(ROOT / "README.md"):
+        match = re.match(r"(?:\.venv/bin/)?causal-forcing (\w+)(.*)", line)
+        if match is None:
+            continue
+        with pytest.raises(SystemExit):
+            cli.main([match[1], "--help"])
+        shown = capsys.readouterr().out
+        for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", match[2].split("#")[0]):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", shown), line
+
+
+def test_every_phony_target_is_there_and_explained() -> None:
+    text = (ROOT / "Makefile").read_text()
+    phony = set(" ".join(re.findall(r"^\.PHONY:((?:.*\\\n)*.*)", text, re.MULTILINE)).replace("\\", " ").split())
+    explained = set(re.findall(r"^([a-z-]+):.*## \w", text, re.MULTILINE))
+    assert phony == explained == make_targets()
+
+
+def test_constraints_pin_every_dependency() -> None:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {_canonical(line.partition("==")[0]) for line in pins if line and not line.startswith("#")}
+    assert all(line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._!+]+", line) for line in pins)
+    assert "torch==2.13.0" in pins
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["media"], *extras["server"], *extras["dev"]]
+    names = {_canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
+    assert names - {"causal-forcing-serve"} <= pinned
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_a_client_imports_without_the_server_extra(module: str) -> None:
+    blocked = f"""
+import importlib, sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY_MODULES!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+importlib.import_module({module!r})
+"""
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_has_the_numbers_of_the_result_files() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run `make readme-numbers`"
+
+
+def test_the_changelog_has_a_section_for_what_is_not_released() -> None:
+    assert re.search(r"^## Unreleased\n\n### \w+\n\n- ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_no_file_names_a_machine() -> None:
+    forbidden = re.compile(r"/(?:home|Users|root|work|tmp)/[\w.-]+/|file:///|\+cpu$", re.MULTILINE)
+    allowed_in_code = re.compile(r"/tmp/[\w.-]+")  # examples of paths that every machine has
+    for path in tracked():
+        if path.suffix in {".safetensors", ".png", ".json", ".pb"} or path == Path(__file__):
+            continue
+        found = [m[0] for m in forbidden.finditer(path.read_text(errors="ignore"))]
+        assert not [text for text in found if not allowed_in_code.match(text)], path
+
+
+def test_the_licence_is_apache_2() -> None:
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:200]
