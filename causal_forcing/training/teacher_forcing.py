@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causal_forcing.geometry import PATCH
 from causal_forcing.rope import RotaryEmbedding, Rotation, rotate
-from causal_forcing.transformer import CausalTransformer, TransformerBlock, unpatchify
+from causal_forcing.transformer import Attention, CausalTransformer, TransformerBlock, unpatchify
 
 
 @dataclass(frozen=True)
@@ -61,98 +62,100 @@ class Layout:
         return mask
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a batch of clips.
+
+    Attributes:
+        embeds: ``[B, P, text_len, text_dim]``: up to ``P`` prompts a clip.
+        of_frame: ``[B, F]`` int64: which of them each frame was made under.
+    """
+
+    embeds: Tensor
+    of_frame: Tensor
+
+
 def predict(
     model: CausalTransformer,
     clean: Tensor,
     noisy: Tensor,
     timesteps: Tensor,
-    embeds: Tensor,
-    prompt_of_frame: Tensor,
+    prompts: Prompts,
     layout: Layout,
     rotary: RotaryEmbedding,
 ) -> Tensor:
-    """Return the velocity of every noisy frame.
+    """Return the velocity of every noisy frame, ``[B, 16, draws * F, h, w]``.
 
     Args:
         model: Its modules are used as they are; gradients flow.
         clean: ``[B, 16, F, h, w]`` normalised latents: the context, at timestep 0.
         noisy: ``[B, 16, draws * F, h, w]``, draw by draw.
         timesteps: ``[B, draws * F]`` in (0, 1000].
-        embeds: ``[B, P, text_len, text_dim]``: the prompts of each clip.
-        prompt_of_frame: ``[B, F]`` int64: which prompt each frame was made under.
+        prompts: Of each clip.
         layout: Of this pass.
         rotary: For this frame size.
     """
     latents = torch.cat([clean, noisy], dim=2)
     batch, _, total, height, width = latents.shape
-    tokens = (height // 2) * (width // 2)
+    tokens = (height // PATCH) * (width // PATCH)
     context_time = torch.zeros(batch, clean.shape[2], dtype=timesteps.dtype)
     embedded, projected = model.embed_time(torch.cat([context_time, timesteps], dim=1).flatten())
-    rotation = repeat_rotation(rotary, layout)
-    mask = layout.frame_mask().repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-    text = model.text_embedding(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
-    groups = _prompt_groups(prompt_of_frame, 1 + layout.draws, embeds.shape[1])
-    projected = projected.view(batch, total, 6, -1)
-    x = model.embed_patches(latents)
+    self_mask = layout.frame_mask().repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    memory = _Memory(
+        projected.view(batch, total, 1, 6, -1),
+        rotary.rotation([*range(layout.frames)] * (1 + layout.draws)),
+        self_mask,
+        model.text_embedding(prompts.embeds.flatten(1, 2)),
+        _prompt_mask(prompts, 1 + layout.draws, tokens),
+    )
+    x = model.embed_patches(latents).unflatten(1, (total, tokens))
     for block in model.layers:
-        x = _block(block, x, projected, rotation, mask, text, groups, tokens)
-    head = model.head.modulation + embedded.view(batch, total, 1, -1)
-    shift, scale = head.repeat_interleave(tokens, 1).unbind(2)
-    x = model.head.head(_modulate(x, shift, scale, model.head.eps))
-    velocity = unpatchify(x, latents.shape)
-    return velocity[:, :, layout.frames :]
+        x = _block(block, x, memory)
+    shift, scale = (model.head.modulation + embedded.view(batch, total, 1, -1)).unsqueeze(2).unbind(3)
+    x = model.head.head(_modulate(x, shift, scale, model.head.eps)).flatten(1, 2)
+    return unpatchify(x, latents.shape)[:, :, layout.frames :]
 
 
-def repeat_rotation(rotary: RotaryEmbedding, layout: Layout) -> Rotation:
-    """Return the rotation of a pass: the clip's positions once for the context and once for each draw."""
-    return rotary.rotation([*range(layout.frames)] * (1 + layout.draws))
+@dataclass(frozen=True)
+class _Memory:
+    """What every block reads beside its tokens ``[B, S, T, D]``."""
+
+    projected: Tensor  # [B, S, 1, 6, D]
+    rotation: Rotation
+    self_mask: Tensor  # [S*T, S*T]
+    text: Tensor  # [B, P*text_len, D]
+    text_mask: Tensor | None  # [B, 1, S*T, P*text_len]
+
+
+def _prompt_mask(prompts: Prompts, copies: int, tokens: int) -> Tensor | None:
+    count, rows = prompts.embeds.shape[1:3]
+    if count == 1:
+        return None
+    of_token = prompts.of_frame.repeat(1, copies).repeat_interleave(tokens, 1)
+    of_row = torch.arange(count).repeat_interleave(rows)
+    return (of_token[:, :, None] == of_row)[:, None]
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
-def _block(
-    block: TransformerBlock,
-    x: Tensor,
-    projected: Tensor,
-    rotation: Rotation,
-    mask: Tensor,
-    text: Tensor,
-    groups: list[list[Tensor]],
-    tokens: int,
-) -> Tensor:
-    modulation = (block.modulation + projected).repeat_interleave(tokens, 1)
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)
-    y = _modulate(x, shift1, scale1, block.eps)
+def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the projected output ``[B, L, D]`` of queries, keys and values ``[B, L, H, D]``."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    out: Tensor = attention.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2))
+    return out
+
+
+def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:
+    shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + memory.projected).unbind(3)
+    grid = x.shape[1:3]
+    y = _modulate(x, shift1, scale1, block.eps).flatten(1, 2)
     attention = block.self_attn
-    q = rotate(attention.queries(y), rotation).transpose(1, 2)
-    k = rotate(attention.keys(y), rotation).transpose(1, 2)
-    v = attention.values(y).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
-    x = torch.addcmul(x, attention.o(out), gate1)
-    x = x + _read_prompts(block, block.norm3(x), text, groups, tokens)
-    return torch.addcmul(x, block.ffn(_modulate(x, shift2, scale2, block.eps)), gate2)
-
-
-def _read_prompts(block: TransformerBlock, y: Tensor, text: Tensor, groups: list[list[Tensor]], tokens: int) -> Tensor:
-    """Return the cross-attention output, each frame reading the prompt it was made under."""
+    q, k = (rotate(part, memory.rotation) for part in (attention.queries(y), attention.keys(y)))
+    x = torch.addcmul(x, _attend(attention, q, k, attention.values(y), memory.self_mask).unflatten(1, grid), gate1)
     attention = block.cross_attn
-    rows = []
-    for clip, prompts in enumerate(groups):
-        frames = y[clip].unflatten(0, (-1, tokens))
-        out = torch.zeros_like(frames)
-        for prompt, chosen in enumerate(prompts):
-            if len(chosen):
-                context = text[clip, prompt][None]
-                q = attention.queries(frames[chosen].flatten(0, 1)[None]).transpose(1, 2)
-                k, v = attention.keys(context).transpose(1, 2), attention.values(context).transpose(1, 2)
-                out = out.index_copy(0, chosen, attention.attend(q, k, v)[0].unflatten(0, (-1, tokens)))
-        rows.append(out.flatten(0, 1))
-    return torch.stack(rows)
-
-
-def _prompt_groups(prompt_of_frame: Tensor, copies: int, prompts: int) -> list[list[Tensor]]:
-    """Return, per clip and prompt, the indices of the pass's frames that read it."""
-    repeated = prompt_of_frame.repeat(1, copies)
-    return [[(row == prompt).nonzero()[:, 0] for prompt in range(prompts)] for row in repeated]
+    q = attention.queries(block.norm3(x).flatten(1, 2))
+    k, v = attention.keys(memory.text), attention.values(memory.text)
+    x = x + _attend(attention, q, k, v, memory.text_mask).unflatten(1, grid)
+    return torch.addcmul(x, block.ffn(_modulate(x, shift2, scale2, block.eps)), gate2)

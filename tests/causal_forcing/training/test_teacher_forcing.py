@@ -1,0 +1,102 @@
+"""The training pass computes what the cached inference path computes."""
+
+import pytest
+import torch
+
+from causal_forcing.config import SinkRope, TransformerConfig
+from causal_forcing.flow import CONTEXT_TIMESTEP
+from causal_forcing.geometry import Geometry
+from causal_forcing.kv_cache import CacheLayout, KeyValueCache
+from causal_forcing.rope import RotaryEmbedding
+from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
+from causal_forcing.transformer import CausalTransformer, ChunkContext
+
+CONFIG = TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=5)
+GEOMETRY = Geometry(32, 32)
+FRAMES = 6
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = CausalTransformer(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.double()
+
+
+def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, layout):
+    """Velocities of one clip and draw, chunk by chunk, through the cache the sampler uses."""
+    device = torch.device("cpu")
+    rotary = RotaryEmbedding(CONFIG, GEOMETRY, device)
+    sizes = CacheLayout(
+        capacity=layout.window or FRAMES,
+        sink_frames=0,
+        sink_rope=SinkRope.RELATIVE,
+        tokens_per_frame=GEOMETRY.tokens_per_frame,
+        evicts=layout.window is not None,
+    )
+    cache = KeyValueCache(CONFIG, sizes, device=device, dtype=torch.float64)
+    texts = [model.read_text(embeds[:, p]) for p in range(embeds.shape[1])]
+    velocities = []
+    for start in range(0, FRAMES, layout.chunk):
+        frames = slice(start, start + layout.chunk)
+        plan = cache.plan(layout.chunk)
+        rotation = rotary.rotation(range(start, start + layout.chunk))
+        context = ChunkContext(cache, plan, rotation, texts[int(prompt_of_frame[0, start])])
+        modulation = model.modulate(float(timesteps[0, start]))
+        velocities.append(model(noisy[:, :, frames], modulation, context))
+        model.write_context(clean[:, :, frames], model.modulate(CONTEXT_TIMESTEP), context)
+        cache.advance(plan)
+    return torch.cat(velocities, dim=2)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(FRAMES, 2), Layout(FRAMES, 2, window=3), Layout(FRAMES, 2, chunk=3), Layout(FRAMES, 2, window=6, chunk=2)],
+)
+@torch.no_grad()
+def test_equals_the_cached_path(model, layout):
+    torch.manual_seed(1)
+    clean = torch.randn(2, *GEOMETRY.latent_shape(FRAMES)[1:], dtype=torch.float64)
+    noisy = torch.randn(2, *GEOMETRY.latent_shape(2 * FRAMES)[1:], dtype=torch.float64)
+    embeds = torch.randn(2, 2, CONFIG.text_len, CONFIG.text_dim, dtype=torch.float64)
+    prompt_of_frame = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    if layout.chunk == 2:
+        prompt_of_frame[1] = torch.tensor([0, 0, 1, 1, 1, 1])
+    levels = 1000 * torch.rand(2, 2 * FRAMES // layout.chunk, dtype=torch.float64)
+    timesteps = levels.repeat_interleave(layout.chunk, 1)
+    rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
+    got = predict(model, clean, noisy, timesteps, Prompts(embeds, prompt_of_frame), layout, rotary)
+    for clip in range(2):
+        for draw in range(2):
+            own = slice(draw * FRAMES, (draw + 1) * FRAMES)
+            one = slice(clip, clip + 1)
+            want = cached_velocities(
+                model, clean[one], noisy[one, :, own], timesteps[one, own], embeds[one], prompt_of_frame[one], layout
+            )
+            torch.testing.assert_close(got[one, :, own], want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
+    torch.manual_seed(2)
+    clean = torch.randn(GEOMETRY.latent_shape(FRAMES), dtype=torch.float64)
+    noisy = torch.randn(GEOMETRY.latent_shape(FRAMES), dtype=torch.float64)
+    prompts = Prompts(
+        torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim, dtype=torch.float64), torch.zeros(1, FRAMES).long()
+    )
+    rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
+    timesteps = torch.full((1, FRAMES), 500.0, dtype=torch.float64)
+    before = predict(model, clean, noisy, timesteps, prompts, Layout(FRAMES, 1), rotary)
+    clean[:, :, 3] += 1
+    after = predict(model, clean, noisy, timesteps, prompts, Layout(FRAMES, 1), rotary)
+    assert torch.equal(before[:, :, :4], after[:, :, :4])
+    assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
+
+
+def test_bidirectional_frames_see_their_own_draw_only():
+    mask = Layout(3, 2, bidirectional=True).frame_mask()
+    assert mask[3:6, 3:6].all()
+    assert not mask[3:6, :3].any()
+    assert not mask[3:6, 6:].any()
