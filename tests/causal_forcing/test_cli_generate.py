@@ -1,0 +1,181 @@
+"""`generate` writes the video that a session makes, chunk by chunk, and continues where another one ended."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from causal_forcing import cli
+from causal_forcing.commands import generate
+from causal_forcing.config import TransformerConfig, VaeConfig
+from causal_forcing.engine import Engine
+from causal_forcing.media import read_image, to_frames
+from causal_forcing.presets import get_preset
+from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
+from causal_forcing.session import Session
+from causal_forcing.transformer import CausalTransformer
+from causal_forcing.vae import WanVae
+
+
+class HashedText:
+    """Stands in for the text encoder: embeddings that depend on the text alone."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self.config = config
+
+    def encode(self, texts: Sequence[str]) -> list[PromptEmbedding]:
+        return [self._embed(text) for text in texts]
+
+    def _embed(self, text: str) -> PromptEmbedding:
+        key = hashlib.sha256(text.encode()).hexdigest()
+        random = torch.Generator().manual_seed(int(key[:8], 16))
+        return PromptEmbedding(torch.randn(1, self.config.text_len, self.config.text_dim, generator=random), key)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    torch.manual_seed(0)
+    config = TransformerConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=16, text_len=4)
+    transformer = CausalTransformer(config)
+    for weight in transformer.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    preset = replace(get_preset("tiny"), transformer=config, height=16, width=32, window_frames=5)
+    return Engine(preset, transformer, WanVae(VaeConfig(base_dim=4)), HashedText(config))
+
+
+@pytest.fixture
+def command(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run `generate` with a very small model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: engine, raising=False)
+    monkeypatch.setattr("causal_forcing.commands.request.get_preset", lambda _name: engine.preset)
+    return lambda *words: cli.main(["generate", "--quiet", *words])
+
+
+def frames_of(session: Session, count: int) -> np.ndarray:
+    return np.concatenate([to_frames(session.decode(session.generate_chunk())) for _ in range(count)])
+
+
+def prompt(text: str, **options: object) -> PromptUpdate:
+    return PromptUpdate((WeightedPrompt(text),), **options)
+
+
+def pictures(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("f*.png"))])
+
+
+def test_the_frames_are_the_sessions(command, engine: Engine, tmp_path: Path, capsys) -> None:
+    assert command("--prompt", "a fox", "--chunks", "4", "--seed", "3", "-o", "f%02d.png") == 0
+    session = engine.new_session(engine.session_config(seed=3))
+    session.update_prompt(prompt("a fox"))
+    assert np.array_equal(pictures(tmp_path), frames_of(session, 4))
+    shown = capsys.readouterr()
+    assert "wrote f%02d.png: 13 frames (0.81 s), TTFC 0." in shown.out
+    assert "random weights" in shown.err
+
+
+def test_a_video_has_exactly_the_length_asked_for_and_says_what_it_is(command, tmp_path: Path) -> None:
+    assert command("--prompt", "a fox", "--seconds", "0.5") == 0
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert "RANDOM WEIGHTS" in container.metadata["comment"]
+        assert container.metadata["title"] == "Causal Forcing, preset tiny"
+        assert sum(1 for _ in container.decode(video=0)) == 8
+
+
+def test_a_script_switches_prompts_at_their_chunks(command, engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "script.txt").write_text("0s a fox\n0.5s [policy=recache] snow\n1s [policy=scene_cut] night\n")
+    assert command("--script", "script.txt", "--seconds", "1.5", "-o", "f%02d.png") == 0
+    session = engine.new_session()
+    session.update_prompt(prompt("a fox"))
+    expected = [frames_of(session, 3)]  # frames 0 to 8; 0.5 s is frame 8, so the next chunk shows the switch
+    session.update_prompt(prompt("snow", policy="recache"))
+    expected += [frames_of(session, 2)]  # to frame 16, 1 s
+    session.update_prompt(prompt("night", policy="scene_cut"))
+    expected += [frames_of(session, 3)]
+    assert np.array_equal(pictures(tmp_path), np.concatenate(expected)[:24])
+
+
+def test_a_start_image_is_the_first_frame(command, engine: Engine, tmp_path: Path) -> None:
+    Image.effect_noise((64, 32), 90).save(tmp_path / "start.png")
+    assert command("--prompt", "a fox", "--image", "start.png", "--chunks", "2", "-o", "f%02d.png") == 0
+    session = engine.new_session()
+    session.update_prompt(prompt("a fox"))
+    with torch.inference_mode():
+        given = engine.vae.encode(read_image(tmp_path / "start.png", session.config.geometry))
+    first = to_frames(session.decode(session.start_from(given)))
+    assert len(first) == 1
+    assert np.array_equal(pictures(tmp_path), np.concatenate([first, frames_of(session, 2)]))
+
+
+def test_a_continued_video_holds_only_what_is_new(command, tmp_path: Path) -> None:
+    assert command("--prompt", "a fox", "--chunks", "6", "-o", "first.mp4") == 0
+    assert command("--prompt", "snow", "--continue-from", "first.mp4", "--chunks", "2", "-o", "f%02d.png") == 0
+    assert len(pictures(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("words", [(), ("--restore", "exact")])
+def test_a_record_continues_under_the_prompt_in_force(command, engine: Engine, tmp_path: Path, words) -> None:
+    record = "session.safetensors"
+    assert command("--prompt", "a fox", "--chunks", "3", "--save-record", record, "-o", "past.png") == 0
+    assert command("--continue-from", record, *words, "--chunks", "1", "--save-record", record, "-o", "f%02d.png") == 0
+    session = engine.new_session()
+    session.update_prompt(prompt("a fox"))
+    frames = frames_of(session, 4)
+    assert np.array_equal(pictures(tmp_path), frames[-4:])  # nothing was evicted yet, so that fast is exact, too
+    assert command("--continue-from", record, *words, "--chunks", "1", "-o", "f%02d.png") == 0
+    assert np.array_equal(pictures(tmp_path), frames_of(session, 1))
+
+
+def test_a_record_continues_under_a_new_prompt(command, engine: Engine, tmp_path: Path) -> None:
+    assert command("--prompt", "a fox", "--chunks", "3", "--save-record", "s.safetensors", "-o", "past.png") == 0
+    words = ("--prompt", "snow", "--policy", "flush", "--restore", "exact", "--seconds", "0.5")
+    assert command("--continue-from", "s.safetensors", *words, "-o", "f%02d.png") == 0
+    session = engine.new_session()
+    session.update_prompt(prompt("a fox"))
+    frames_of(session, 3)
+    session.update_prompt(prompt("snow", policy="flush"))
+    assert np.array_equal(pictures(tmp_path), frames_of(session, 2))
+
+
+def test_an_interrupt_keeps_what_is_finished(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def interrupt_second(self: generate.Run, frames: np.ndarray) -> None:
+        write(self, frames)
+        taken.append(len(frames))
+        if len(taken) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    write = generate.Run._write
+    monkeypatch.setattr(generate.Run, "_write", interrupt_second)
+    before = signal.getsignal(signal.SIGINT)
+    assert command("--prompt", "a fox", "--seconds", "60") == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+
+
+def test_a_refused_request_writes_nothing_and_loads_nothing(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: pytest.fail("loaded"), raising=False)
+    assert command("--prompt", "a fox", "--size", "50x50") == 2
+    assert "height: got 50; must be a positive multiple of 16" in capsys.readouterr().err
+    assert command("--prompt", "a fox", "-o", "out.avi") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_not_one_leaves_no_file(command, tmp_path: Path, capsys) -> None:
+    (tmp_path / "start.png").write_text("not an image")
+    assert command("--prompt", "a fox", "--image", "start.png") == 2
+    assert "image: got" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["start.png"]
