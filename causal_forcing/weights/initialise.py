@@ -1,0 +1,49 @@
+"""Seeded random weights, for models that are not trained yet: the same bits in every process."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+_BIAS_STD = 0.1
+_MODULATION_STD = 0.5
+_NORMS = ("norm", "gamma", "layer_norm")
+
+
+def seeded_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Return random float32 weights for every tensor of a module's state dict, on the CPU.
+
+    Every tensor is drawn from its own generator, seeded by its name, so that neither the order of modules nor the
+    presence of others changes it. Linear and convolution weights keep the variance of what passes through them; norms
+    are ones.
+
+    Args:
+        module: Of any device, ``meta`` included; only names and shapes are read.
+        seed: Of this part of the model.
+    """
+    return {name: _draw(name, tensor, seed) for name, tensor in module.state_dict().items()}
+
+
+def _draw(name: str, like: Tensor, seed: int) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "gamma") and (leaf == "gamma" or any(n in owner.rpartition(".")[2] for n in _NORMS)):
+        return torch.ones(like.shape)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7]))
+    values = torch.randn(like.shape, generator=generator)
+    return values * _std(name, leaf, like)
+
+
+def _std(name: str, leaf: str, like: Tensor) -> float:
+    if leaf == "modulation":
+        return _MODULATION_STD
+    if leaf == "bias":
+        return _BIAS_STD
+    if name.endswith(("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")):
+        return 1.0
+    fan_in = math.prod(like.shape[1:])
+    if name.endswith("SelfAttention.q.weight"):  # UMT5 does not scale its scores
+        return 1 / fan_in
+    return 1 / math.sqrt(fan_in)
