@@ -94,7 +94,7 @@ async def route(router: RequestRouter, call: PendingRequest) -> float:
 
 
 async def one_idle(kind: type[RequestRouter], count: int, seed: int) -> float:
-    """Return the routing time with one idle replica of ``count`` while the cache says, as after a lease, all are busy."""
+    """Return the routing time with one idle replica of ``count`` while the cache still says that it is busy."""
     replicas = [FakeReplica(f"r{index}") for index in range(count)]
     router = make_router(kind, replicas)
     await asyncio.sleep(0.2)

@@ -1,0 +1,289 @@
+"""Admission as one named actor, and the gateway's and the generator's end of it.
+
+Gateways keep one long poll each (:meth:`sync`) and are told where their waiting sessions stand; generators report. When
+the actor dies, Ray starts it again with an empty book and a new epoch; the gateways notice the epoch and restore it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError
+
+from .admission import REPORT_EVERY_S, AdmissionBook
+from .errors import Unavailable
+from .messages import Place, Ticket
+from .status import LOGGER
+
+NAMESPACE = "causal-forcing"
+"""Ray namespace of the actor."""
+
+SYNC_TIMEOUT_S = 5.0
+"""How long a gateway's poll waits for news."""
+
+RETRY_S = 0.2
+"""Pause before a call to an actor that is being restarted is tried again."""
+
+GIVE_UP_S = 15.0
+"""After this long without the actor, a session that wants to wait is refused."""
+
+UNUSED_S = 120.0
+"""An actor that nobody has talked to for this long ends itself."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class QueueView:
+    """What one gateway is told.
+
+    Attributes:
+        epoch: Names one life of the actor.
+        version: Revision of the book.
+        places: Where each of its sessions stands that has not started.
+    """
+
+    epoch: str
+    version: int
+    places: dict[str, Place]
+
+
+class _AdmissionActor:
+    """An :class:`AdmissionBook` with a clock and readers that wait."""
+
+    def __init__(self, max_queued: int) -> None:
+        self._book = AdmissionBook(max_queued, time.monotonic())
+        self._epoch = uuid.uuid4().hex
+        self._changed = asyncio.Event()
+        self._used_s = time.monotonic()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def enqueue(self, ticket: Ticket) -> Place:
+        """Queue a session (see :meth:`AdmissionBook.enqueue`)."""
+        with self._change():
+            return self._book.enqueue(ticket, time.monotonic())
+
+    async def restore(self, gateway_id: str, tickets: list[Ticket]) -> None:
+        """Take a gateway's word for its sessions."""
+        with self._change():
+            self._book.restore(gateway_id, tickets, time.monotonic())
+
+    async def confirm(self, session_id: str, replica_id: str) -> None:
+        """Note that a lease began."""
+        with self._change():
+            self._book.confirm(session_id, replica_id, time.monotonic())
+
+    async def refuse(self, session_id: str, replica_id: str) -> None:
+        """Queue a session again whose generator could not be reached."""
+        with self._change():
+            self._book.refuse(session_id, replica_id, time.monotonic())
+
+    async def leave(self, session_id: str) -> None:
+        """Forget a session."""
+        with self._change():
+            self._book.leave(session_id, time.monotonic())
+
+    async def report(self, replica_id: str, capacity: int, sessions: list[str]) -> None:
+        """Take a generator's word for its sessions."""
+        with self._change():
+            self._book.report(replica_id, capacity, sessions, time.monotonic())
+
+    async def retire(self, replica_id: str) -> None:
+        """Forget a generator that is gone."""
+        with self._change():
+            self._book.retire(replica_id)
+
+    async def counts(self) -> dict[str, int]:
+        """Return how many sessions wait and run, and how many generators there are and are idle."""
+        return self._book.counts()
+
+    async def sync(self, gateway_id: str, epoch: str, version: int) -> QueueView:
+        """Return the gateway's view as soon as it is not the one of ``version``, or after a few seconds."""
+        with self._change():
+            self._book.seen(gateway_id, time.monotonic())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SYNC_TIMEOUT_S):
+                while epoch == self._epoch and version == self._book.revision:
+                    await self._changed.wait()
+        return QueueView(self._epoch, self._book.revision, self._book.places(gateway_id))
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """Run a change of the book; wake the readers if a place changed."""
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep())
+        self._used_s = time.monotonic()
+        before = self._book.revision
+        try:
+            yield
+        finally:
+            self._wake(before)
+
+    def _wake(self, before: int) -> None:
+        if self._book.revision != before:
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def _sweep(self) -> None:
+        """Expire what has fallen silent, and end the actor when nobody uses it any more."""
+        while True:
+            await asyncio.sleep(REPORT_EVERY_S)
+            before = self._book.revision
+            self._book.expire(time.monotonic())
+            self._wake(before)
+            if self._book.is_unused and time.monotonic() - self._used_s > UNUSED_S:
+                ray.kill(ray.get_runtime_context().current_actor)
+
+
+def connect(name: str, max_queued: int) -> Any:  # noqa: ANN401  (ray's handles are untyped)
+    """Return the admission actor of that name, started if there is none.
+
+    It lives until nobody has used it for two minutes; a name therefore stands for one version of the application, so
+    that an update never meets its predecessor's book.
+    """
+    actor: Any = ray.remote(_AdmissionActor)
+    named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    return actor.options(**named, num_cpus=0, max_concurrency=10_000, max_restarts=-1).remote(max_queued)
+
+
+class AdmissionDesk:
+    """A gateway's end: joins sessions to the queue and tells them where they stand."""
+
+    def __init__(self, actor: Any, gateway_id: str) -> None:  # noqa: ANN401  (ray's handles are untyped)
+        self._actor = actor
+        self._gateway_id = gateway_id
+        self._tickets: dict[str, Ticket] = {}
+        self._places: dict[str, Place] = {}
+        self._news = asyncio.Event()
+        self._epoch, self._version = "", -1
+        self._loop: asyncio.Task[None] | None = None
+
+    async def places(self, session_id: str) -> AsyncIterator[Place]:
+        """Join the queue and yield where the session stands: at once, on every change, and every few seconds.
+
+        A place with a ``replica_id`` is a grant; the caller then calls :meth:`confirm`, or :meth:`refuse` and goes on
+        reading. :meth:`leave` ends it in any case.
+
+        Raises:
+            NoCapacity: If the queue is full.
+            Unavailable: If admission cannot be reached.
+        """
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._keep_synced())
+        ticket = Ticket(session_id, self._gateway_id, time.time())
+        self._tickets[session_id] = ticket
+        last = self._places[session_id] = await self._insist(lambda: self._actor.enqueue.remote(ticket))
+        yield last
+        while session_id in self._tickets:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SYNC_TIMEOUT_S):
+                    while self._places.get(session_id, last) == last:
+                        await self._news.wait()
+            last = self._places.get(session_id, last)
+            yield last
+
+    async def confirm(self, session_id: str, replica_id: str) -> None:
+        """Say that the lease began."""
+        self._tickets[session_id] = replace(self._tickets[session_id], replica_id=replica_id)
+        self._places.pop(session_id, None)
+        await self._tell(self._actor.confirm.remote(session_id, replica_id))
+
+    async def refuse(self, session_id: str, replica_id: str, *, gone: bool) -> None:
+        """Give a grant back; ``gone`` says that the generator is dead."""
+        if gone:
+            await self._tell(self._actor.retire.remote(replica_id))
+        self._places[session_id] = Place(0)
+        await self._tell(self._actor.refuse.remote(session_id, replica_id))
+
+    async def leave(self, session_id: str) -> None:
+        """Say that the session is over or gave up."""
+        if self._tickets.pop(session_id, None) is not None:
+            self._places.pop(session_id, None)
+            await self._tell(self._actor.leave.remote(session_id))
+
+    async def retire(self, replica_id: str) -> None:
+        """Say that a generator is dead."""
+        await self._tell(self._actor.retire.remote(replica_id))
+
+    def close(self) -> None:
+        """Stop polling."""
+        if self._loop is not None:
+            self._loop.cancel()
+
+    async def _keep_synced(self) -> None:
+        while True:
+            try:
+                view: QueueView = await self._actor.sync.remote(self._gateway_id, self._epoch, self._version)
+                if view.epoch != self._epoch:
+                    await self._actor.restore.remote(self._gateway_id, list(self._tickets.values()))
+                    self._epoch, self._version = view.epoch, -1
+                    continue
+            except RayActorError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            self._version = view.version
+            self._places.update({s: place for s, place in view.places.items() if s in self._tickets})
+            self._news.set()
+            self._news = asyncio.Event()
+
+    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Return a call's answer, repeated while the actor is being restarted."""
+        deadline = time.monotonic() + GIVE_UP_S
+        while True:
+            try:
+                return await call()
+            except RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise Unavailable("admission cannot be reached", reason="ADMISSION_LOST") from error
+                await asyncio.sleep(RETRY_S)
+
+    async def _tell(self, call: Awaitable[object]) -> None:
+        """Wait for a call whose loss is made good by the next restore."""
+        try:
+            await call
+        except RayActorError:
+            LOGGER.warning("admission is being restarted; it will be restored")
+
+
+class Reporter:
+    """A generator's end: reports its sessions whenever they change, and every second."""
+
+    def __init__(self, actor: Any, replica_id: str, capacity: int) -> None:  # noqa: ANN401  (ray's handles)
+        self._actor = actor
+        self._replica_id = replica_id
+        self._capacity = capacity
+        self._sessions: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._loop: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to report; needs the running event loop."""
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._keep_reporting())
+
+    async def add(self, session_id: str) -> None:
+        """Report a new session; returns when admission knows."""
+        self._sessions.add(session_id)
+        await self._report()
+
+    async def remove(self, session_id: str) -> None:
+        """Report that a session is over; returns when admission knows."""
+        self._sessions.discard(session_id)
+        await self._report()
+
+    async def _keep_reporting(self) -> None:
+        while True:
+            await self._report()
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _report(self) -> None:
+        async with self._lock:
+            with contextlib.suppress(RayActorError):  # it is being restarted; the next report tells it all
+                await self._actor.report.remote(self._replica_id, self._capacity, sorted(self._sessions))

@@ -1,0 +1,31 @@
+"""What can go wrong around the engine; the same tree as :mod:`causal_forcing.errors`.
+
+CausalForcingError
+├── ClientGone      the client is silent, or does not take what it asked for
+├── Unavailable     a process the session needs is gone or leaving; a new session can work
+└── NotAllowed      this caller may not do this
+"""
+
+from __future__ import annotations
+
+from causal_forcing.errors import CausalForcingError
+
+
+class ClientGone(CausalForcingError):
+    """Raised when a client sends nothing for too long, or leaves its session without credit for too long."""
+
+    default_reason = "CLIENT_SILENT"
+    retryable = True
+
+
+class Unavailable(CausalForcingError):
+    """Raised when a process that the session needs has died or is being replaced."""
+
+    default_reason = "GENERATOR_LOST"
+    retryable = True
+
+
+class NotAllowed(CausalForcingError):
+    """Raised when the caller may not do what it asked for."""
+
+    default_reason = "REMOTE_PEER"

@@ -1,0 +1,158 @@
+"""Control messages on their way to a running generator: a log per session, not a queue.
+
+The gateway owns one mailbox actor and appends; the generator polls for everything after the last entry it has seen,
+which acknowledges that entry. A message in flight to a generator that dies is therefore still there for the next one,
+and when the gateway dies the mailbox goes with it, so that every generator waiting on it learns that within
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from causal_forcing.errors import NoCapacity, SessionStateError
+
+from .messages import Control, Credit
+
+MAX_ENTRIES = 64
+"""Unread entries of one session; the gateway limits prompts, and credits replace each other."""
+
+SPARE_CALLS = 100
+"""Calls that may run beside the waiting polls, so that a write never waits for a poll to end."""
+
+
+@dataclass
+class MailboxLog:
+    """The messages of one session that its generator has not acknowledged.
+
+    Attributes:
+        next_seq: Sequence number of the next message; the first is 1.
+    """
+
+    next_seq: int = 1
+    _entries: deque[tuple[int, Control]] = field(default_factory=deque)
+
+    def append(self, message: Control) -> int:
+        """Add a message and return its sequence number; a credit replaces an unread credit before it.
+
+        Raises:
+            NoCapacity: If the generator has not read for too long.
+        """
+        if isinstance(message, Credit) and self._entries and isinstance(self._entries[-1][1], Credit):
+            self._entries.pop()
+        if len(self._entries) >= MAX_ENTRIES:
+            raise NoCapacity("the generator does not read its messages", reason="MAILBOX_FULL")
+        seq = self.next_seq
+        self._entries.append((seq, message))
+        self.next_seq += 1
+        return seq
+
+    def after(self, seq: int) -> list[tuple[int, Control]]:
+        """Forget messages up to ``seq`` and return the rest in order.
+
+        Raises:
+            SessionStateError: If ``seq`` was never given out: this log is not the one that was read before.
+        """
+        if seq >= self.next_seq:
+            raise SessionStateError("the mailbox was lost", reason="MAILBOX_LOST")
+        while self._entries and self._entries[0][0] <= seq:
+            self._entries.popleft()
+        return list(self._entries)
+
+
+class MailboxRoom:
+    """The logs of one gateway's sessions, with readers that wait."""
+
+    def __init__(self) -> None:
+        self._logs: dict[str, MailboxLog] = {}
+        self._news: dict[str, asyncio.Event] = {}
+
+    def open(self, session_id: str) -> None:
+        """Create the log of a session."""
+        self._logs[session_id] = MailboxLog()
+        self._news[session_id] = asyncio.Event()
+
+    def put(self, session_id: str, message: Control) -> int:
+        """Append a message and wake the reader.
+
+        Raises:
+            SessionStateError: If there is no such session (its lease is over, or the mailbox was lost).
+        """
+        seq = self._log(session_id).append(message)
+        self._news[session_id].set()
+        return seq
+
+    async def poll(self, session_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
+        """Return all messages after ``after_seq``, waiting for one at most ``timeout_s``; acknowledges the others.
+
+        Raises:
+            SessionStateError: If there is no such session (it is over, or the mailbox was lost).
+        """
+        log = self._log(session_id)
+        news = self._news[session_id]
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (entries := log.after(after_seq)):
+                    news.clear()
+                    await news.wait()
+                    self._log(session_id)
+        except TimeoutError:
+            return []
+        return entries
+
+    def close(self, session_id: str) -> None:
+        """Forget a session; its reader, if one waits, gets an error."""
+        self._logs.pop(session_id, None)
+        news = self._news.pop(session_id, None)
+        if news is not None:
+            news.set()
+
+    def count(self) -> int:
+        """Return the number of open sessions."""
+        return len(self._logs)
+
+    def _log(self, session_id: str) -> MailboxLog:
+        if session_id not in self._logs:
+            raise SessionStateError("the mailbox of this session is gone", reason="MAILBOX_LOST")
+        return self._logs[session_id]
+
+
+class _MailboxActor:
+    """A :class:`MailboxRoom` in a process of its own.
+
+    It has no concurrency groups: Ray runs each group of an async actor on an event loop of its own, and an asyncio
+    event set on one loop does not wake a reader on another (measured).
+    """
+
+    def __init__(self) -> None:
+        self._room = MailboxRoom()
+
+    async def open(self, session_id: str) -> None:
+        self._room.open(session_id)
+
+    async def put(self, session_id: str, message: Control) -> int:
+        return self._room.put(session_id, message)
+
+    async def close(self, session_id: str) -> None:
+        self._room.close(session_id)
+
+    async def count(self) -> int:
+        return self._room.count()
+
+    async def poll(self, session_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
+        return await self._room.poll(session_id, after_seq, timeout_s)
+
+
+def start_mailbox(max_sessions: int) -> Any:  # noqa: ANN401  (ray's handles are untyped)
+    """Return the handle of a new mailbox actor that lives as long as the calling process.
+
+    Args:
+        max_sessions: Most sessions the gateway carries; each has one waiting poll, or two just after a generator died.
+    """
+    actor: Any = ray.remote(_MailboxActor)
+    return actor.options(num_cpus=0, max_concurrency=2 * max_sessions + SPARE_CALLS).remote()

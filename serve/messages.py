@@ -1,0 +1,306 @@
+"""What the processes of the service say to each other: frozen values that pickle, without torch.
+
+Read in the order of a session's life: a :class:`Ticket` waits, a :class:`Place` tells where, a :class:`LeaseRequest`
+goes to the generator, :class:`Control` messages follow it through the mailbox, :class:`LeaseEvent` values come back,
+and each chunk makes a :class:`DecodeRequest` and its :class:`Decoded`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from causal_forcing.config import SessionConfig
+from causal_forcing.prompts import PromptUpdate
+
+from .frames import FrameFormat
+from .status import Failure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PRIME_FRAMES: Final = 38
+"""Latent frames after which a fresh decoder gives exact pixels; what a gateway keeps of each session.
+
+Source: measured on the Wan decoder (its temporal reach); ``WanVae.REACH``.
+"""
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A tensor on its way between processes, bit for bit; numpy has no bfloat16, and the gateway has no torch.
+
+    Attributes:
+        data: The numbers, or for bfloat16 their bits as 16-bit integers; read-only where it was received.
+        dtype: Name of the torch dtype, e.g. ``bfloat16``.
+    """
+
+    data: npt.NDArray[Any]
+    dtype: str
+
+    @classmethod
+    def pack(cls, tensor: Tensor) -> PackedTensor:
+        """Return a packed copy on the host."""
+        import torch
+
+        name = str(tensor.dtype).removeprefix("torch.")
+        host = tensor.detach().cpu().contiguous()
+        if tensor.dtype is torch.bfloat16:
+            host = host.view(torch.int16)
+        return cls(host.numpy().copy(), name)
+
+    def unpack(self) -> Tensor:
+        """Return a writable tensor on the host."""
+        import torch
+
+        tensor = torch.from_numpy(self.data.copy())
+        return tensor.view(torch.bfloat16) if self.dtype == "bfloat16" else tensor
+
+    @property
+    def frames(self) -> int:
+        """Latent frames, for latents ``[1, 16, F, h, w]``."""
+        return int(self.data.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.data.nbytes
+
+    @staticmethod
+    def join_frames(parts: list[PackedTensor]) -> PackedTensor:
+        """Return latents joined along time; at least one part."""
+        return PackedTensor(np.concatenate([part.data for part in parts], axis=2), parts[0].dtype)
+
+    def frame_slice(self, first: int, last: int) -> PackedTensor:
+        """Return latent frames ``first`` to ``last - 1``."""
+        return PackedTensor(self.data[:, :, first:last], self.dtype)
+
+
+@dataclass(frozen=True)
+class PackedEmbedding:
+    """One prompt's embedding on its way to the generator.
+
+    Attributes:
+        key: Names the embedding; equal keys mean equal embeddings.
+        tensor: ``[1, text_len, text_dim]``.
+    """
+
+    key: str
+    tensor: PackedTensor
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A session's claim to a generator.
+
+    Attributes:
+        session_id: Its name.
+        gateway_id: Unique id of the gateway replica that carries it.
+        arrived_s: When it came, in seconds since the epoch; first come, first served.
+        replica_id: The generator it holds; empty while it waits.
+    """
+
+    session_id: str
+    gateway_id: str
+    arrived_s: float
+    replica_id: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a session stands.
+
+    Attributes:
+        ahead: Sessions that get a generator before it.
+        estimated_wait_s: A guess from recent sessions; None while there is nothing to guess from.
+        replica_id: The generator granted to it; empty while it waits.
+    """
+
+    ahead: int
+    estimated_wait_s: float | None = None
+    replica_id: str = ""
+
+
+@dataclass(frozen=True)
+class LeaseRequest:
+    """Asks a generator for a session; the call's first argument, so that the router sees ``replica_id``.
+
+    Attributes:
+        replica_id: The granted generator.
+        session_id: The session.
+        config: What the engine shall run.
+        credit_chunks: Chunks it may be ahead of the last ack.
+        mailbox: Actor handle of the gateway's mailbox.
+        idle_timeout_s: The generator gives up when the gateway leaves it without work for this long.
+    """
+
+    replica_id: str
+    session_id: str
+    config: SessionConfig
+    credit_chunks: int
+    mailbox: Any
+    idle_timeout_s: float
+
+
+@dataclass(frozen=True)
+class SetPrompt:
+    """Control: what the next chunk shows.
+
+    Attributes:
+        update: The prompts.
+        embedding_keys: One per prompt.
+        embeddings: Those of them that this lease has not seen, or has forgotten.
+    """
+
+    update: PromptUpdate
+    embedding_keys: tuple[str, ...]
+    embeddings: tuple[PackedEmbedding, ...]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Control: the client is finished with every chunk up to this one."""
+
+    acked_chunk: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Control: end the lease."""
+
+
+Control = SetPrompt | Credit | Stop
+"""What a gateway tells a generator while a lease runs."""
+
+
+@dataclass(frozen=True)
+class LeaseStarted:
+    """The lease began on this replica."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True)
+class GeneratedChunk:
+    """One committed chunk.
+
+    Attributes:
+        index: 0, 1, 2, ...
+        latents: ``[1, 16, F, h, w]``.
+        starts_scene: Whether its first latent frame decodes to one pixel frame with a fresh decoder.
+        prompt_id: Of the update in force.
+        prompt_applied: Whether it is the first one made under that update.
+        superseded: Ids of updates that this one replaced before they were applied.
+        denoise_s: Time it took.
+    """
+
+    index: int
+    latents: PackedTensor
+    starts_scene: bool
+    prompt_id: str
+    prompt_applied: bool
+    superseded: tuple[str, ...]
+    denoise_s: float
+
+
+@dataclass(frozen=True)
+class LeaseEnded:
+    """The lease is over; with a failure if it did not end as asked."""
+
+    failure: Failure | None = None
+
+
+LeaseEvent = LeaseStarted | GeneratedChunk | LeaseEnded
+"""What a lease yields."""
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """Asks a decoder for a chunk's frames; the call's first argument, so that the router sees ``replica_id``.
+
+    Attributes:
+        replica_id: The decoder that has this session's temporal cache; empty for any.
+        session_id: The session.
+        chunk_index: Repeating the last chunk returns the same frames again.
+        latents: ``[1, 16, F, h, w]``.
+        starts_scene: Whether to begin with a fresh cache.
+        height: Pixel rows.
+        width: Pixel columns.
+        format: How to encode.
+        history: Up to 38 latent frames before the chunk, in answer to NEED_PRIME; None otherwise.
+    """
+
+    replica_id: str
+    session_id: str
+    chunk_index: int
+    latents: PackedTensor
+    starts_scene: bool
+    height: int
+    width: int
+    format: FrameFormat
+    history: PackedTensor | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoder's answer.
+
+    Attributes:
+        replica_id: Who answered; the session's cache is there now.
+        frames: The encoded frames in order; None says NEED_PRIME: ask again with the history.
+        decode_s: Time from latents to pixels.
+        encode_s: Time from pixels to bytes.
+        prime_s: Time to rebuild the cache, when that was needed.
+    """
+
+    replica_id: str
+    frames: tuple[bytes, ...] | None
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    prime_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class CloseDecoder:
+    """Tells a decoder that a session is over; the call's first argument."""
+
+    replica_id: str
+    session_id: str
+
+
+@dataclass
+class EmbeddingWindow:
+    """The embeddings that a lease remembers; gateway and generator keep the same ones by the same rule.
+
+    Attributes:
+        capacity: How many; the least recently used is forgotten.
+    """
+
+    capacity: int = 16
+    _items: dict[str, PackedEmbedding] = field(default_factory=dict)
+
+    def admit(self, update: SetPrompt) -> tuple[PackedEmbedding, ...]:
+        """Take in a prompt's new embeddings and return all of the prompt's embeddings in order.
+
+        Raises:
+            KeyError: If an embedding is neither new nor remembered.
+        """
+        new = {embedding.key: embedding for embedding in update.embeddings}
+        chosen = tuple(new.get(key) or self._items[key] for key in update.embedding_keys)
+        for embedding in chosen:
+            self._items.pop(embedding.key, None)
+            self._items[embedding.key] = embedding
+        while len(self._items) > self.capacity:
+            del self._items[next(iter(self._items))]
+        return chosen
+
+    def compose(self, update: PromptUpdate, embeddings: list[PackedEmbedding]) -> SetPrompt:
+        """Return the message that makes the other end's window have these embeddings, and take them in here."""
+        keys = tuple(embedding.key for embedding in embeddings)
+        unseen = {embedding.key: embedding for embedding in embeddings if embedding.key not in self._items}
+        message = SetPrompt(update, keys, tuple(unseen.values()))
+        self.admit(message)
+        return message

@@ -1,0 +1,83 @@
+"""What a client may say when: the state machine of one StreamVideo call's input, without any input or output."""
+
+from __future__ import annotations
+
+from causal_forcing.errors import InvalidRequest, SessionStateError
+from causal_forcing.prompts import PromptUpdate
+from protos.causal_forcing.v1 import video_pb2 as pb
+
+from .config import ServiceConfig
+from .messages import Credit
+from .requests import SessionRequest, parse_config, parse_prompt
+
+ClientEvent = SessionRequest | PromptUpdate | Credit | pb.Ping | pb.End
+"""A checked message."""
+
+
+class Conversation:
+    """Checks one client's messages in order.
+
+    Attributes:
+        sent_chunk: Highest chunk index whose frames were sent; the caller advances it.
+    """
+
+    def __init__(self, service: ServiceConfig) -> None:
+        self.sent_chunk = -1
+        self._service = service
+        self._configured = False
+        self._prompts = 0
+        self._acked = -1
+
+    def receive(self, message: pb.StreamVideoRequest) -> ClientEvent | None:
+        """Return the meaning of a message; None for one that a later version of the protocol has added.
+
+        Raises:
+            SessionStateError: If the message does not fit here (``CONFIG_NOT_FIRST``, ``CONFIG_REPEATED``).
+            InvalidRequest: If it holds a value that is not allowed.
+        """
+        kind = message.WhichOneof("message")
+        if kind is None:
+            return None
+        if kind == "config":
+            return self._config(message.config)
+        if not self._configured:
+            raise SessionStateError(
+                f"the first message must be config, got {kind}", reason="CONFIG_NOT_FIRST", metadata={"got": kind}
+            )
+        if kind == "prompt":
+            update = parse_prompt(message.prompt, self._prompts)
+            self._prompts += 1
+            return update
+        if kind == "ack":
+            return self._ack(message.ack)
+        return message.ping if kind == "ping" else message.end
+
+    def require_config(self) -> None:
+        """Check that the config came before the stream ended.
+
+        Raises:
+            SessionStateError: If it did not.
+        """
+        if not self._configured:
+            raise SessionStateError("the stream ended before its config", reason="CONFIG_NOT_FIRST")
+
+    def _config(self, message: pb.SessionConfig) -> SessionRequest:
+        if self._configured:
+            raise SessionStateError("config may only be the first message", reason="CONFIG_REPEATED")
+        request = parse_config(message, self._service)
+        self._configured = True
+        self._prompts = 1
+        return request
+
+    def _ack(self, message: pb.Ack) -> Credit:
+        chunk = message.chunk_index
+        if not 0 <= chunk <= self.sent_chunk:
+            allowed = (
+                f"must be a chunk that was sent, 0 to {self.sent_chunk}" if self.sent_chunk >= 0 else "none was sent"
+            )
+            raise InvalidRequest("ack.chunk_index", chunk, allowed, reason="INVALID_ACK")
+        if chunk < self._acked:
+            allowed = f"must not be below the last one, {self._acked}"
+            raise InvalidRequest("ack.chunk_index", chunk, allowed, reason="INVALID_ACK")
+        self._acked = chunk
+        return Credit(chunk)

@@ -1,0 +1,196 @@
+"""From the protocol's messages to the engine's values, and back; refusals name field, value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from causal_forcing.config import MAX_SEED, SessionConfig
+from causal_forcing.errors import InvalidRequest
+from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE
+from causal_forcing.prompts import Blend, PromptUpdate, SwitchPolicy, WeightedPrompt
+from protos.causal_forcing.v1 import video_pb2 as pb
+
+from .config import ServiceConfig
+from .frames import Codec, FrameFormat
+
+MAX_PROMPT_ID = 64
+"""Longest name of a prompt update, in characters."""
+
+CODECS: Mapping[int, Codec] = MappingProxyType(
+    {
+        pb.FRAME_CODEC_UNSPECIFIED: Codec.JPEG,
+        pb.FRAME_CODEC_JPEG: Codec.JPEG,
+        pb.FRAME_CODEC_PNG: Codec.PNG,
+        pb.FRAME_CODEC_RAW_RGB24: Codec.RAW_RGB24,
+    }
+)
+BLENDS: Mapping[int, Blend] = MappingProxyType(
+    {pb.BLEND_UNSPECIFIED: Blend.LINEAR, pb.BLEND_LINEAR: Blend.LINEAR, pb.BLEND_SLERP: Blend.SLERP}
+)
+POLICIES: Mapping[int, SwitchPolicy] = MappingProxyType(
+    {
+        pb.SWITCH_POLICY_UNSPECIFIED: SwitchPolicy.CROSS_ATTENTION,
+        pb.SWITCH_POLICY_CROSS_ATTENTION: SwitchPolicy.CROSS_ATTENTION,
+        pb.SWITCH_POLICY_RECACHE: SwitchPolicy.RECACHE,
+        pb.SWITCH_POLICY_FLUSH: SwitchPolicy.FLUSH,
+        pb.SWITCH_POLICY_SCENE_CUT: SwitchPolicy.SCENE_CUT,
+    }
+)
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """A checked SessionConfig.
+
+    Attributes:
+        config: What the engine shall run.
+        prompt: Of the first chunk.
+        format: How frames are encoded.
+        credit_chunks: Chunks the session may be ahead of the last ack.
+    """
+
+    config: SessionConfig
+    prompt: PromptUpdate
+    format: FrameFormat
+    credit_chunks: int
+
+
+def parse_config(message: pb.SessionConfig, service: ServiceConfig) -> SessionRequest:
+    """Return a checked session request with every default filled in.
+
+    Raises:
+        InvalidRequest: If a field is missing or not allowed.
+    """
+    if not message.HasField("prompt"):
+        raise InvalidRequest("prompt", None, "a session needs the prompt of its first chunk", reason="INVALID_PROMPT")
+    if message.prompt.transition_chunks:
+        allowed = "must be 0 for the first prompt, which has nothing to come from"
+        raise InvalidRequest("transition_chunks", message.prompt.transition_chunks, allowed, reason="INVALID_PROMPT")
+    if message.prompt.policy:
+        allowed = "must be left out of the first prompt, which has no past"
+        raise InvalidRequest("policy", message.prompt.policy, allowed, reason="INVALID_PROMPT")
+    quality = message.jpeg_quality if message.HasField("jpeg_quality") else None
+    return SessionRequest(
+        config=_engine_config(message, service),
+        prompt=parse_prompt(message.prompt, 0),
+        format=FrameFormat(_choice("codec", message.codec, CODECS, pb.FrameCodec), quality),
+        credit_chunks=_credit(message, service),
+    )
+
+
+def parse_prompt(message: pb.PromptUpdate, number: int) -> PromptUpdate:
+    """Return a checked prompt update.
+
+    Args:
+        message: What the client sent.
+        number: Counts the session's updates from 0; names the update if the client did not.
+
+    Raises:
+        InvalidRequest: If a field is not allowed.
+    """
+    if len(message.prompt_id) > MAX_PROMPT_ID:
+        length = f"{len(message.prompt_id)} characters"
+        raise InvalidRequest("prompt_id", length, f"must be at most {MAX_PROMPT_ID}", reason="INVALID_PROMPT")
+    prompts = tuple(WeightedPrompt(p.text, p.weight if p.HasField("weight") else 1.0) for p in message.prompts)
+    return PromptUpdate(
+        prompts=prompts,
+        blend=_choice("blend", message.blend, BLENDS, pb.Blend),
+        transition_chunks=message.transition_chunks,
+        transition=_choice("transition", message.transition, BLENDS, pb.Blend),
+        policy=_choice("policy", message.policy, POLICIES, pb.SwitchPolicy),
+        prompt_id=message.prompt_id or f"prompt-{number}",
+    )
+
+
+def effective_config(request: SessionRequest) -> pb.SessionConfig:
+    """Return what a session runs with, for SessionStarted; without the prompt."""
+    config = request.config
+    codec = next(number for number, codec in CODECS.items() if codec is request.format.codec and number)
+    return pb.SessionConfig(
+        height=config.height,
+        width=config.width,
+        seed=config.seed,
+        denoising_steps=config.denoising_steps,
+        window_frames=config.window_frames,
+        sink_frames=config.sink_frames,
+        codec=pb.FrameCodec.Name(codec),
+        jpeg_quality=request.format.jpeg_quality,
+        credit_chunks=request.credit_chunks,
+    )
+
+
+def model_info(service: ServiceConfig) -> pb.ModelInfo:
+    """Return what a client is told about the model."""
+    preset = service.model_preset
+    return pb.ModelInfo(
+        name=preset.name,
+        trained=preset.trained and service.engine == "model",
+        frames_per_second=FRAMES_PER_SECOND,
+        frames_per_chunk_count=TEMPORAL_STRIDE * preset.chunk_frames,
+    )
+
+
+def session_limits(service: ServiceConfig) -> pb.SessionLimits:
+    """Return what a client is told about its limits."""
+    limits = pb.SessionLimits()
+    limits.silence_timeout.FromMilliseconds(round(1000 * service.limits.silence_timeout_s))
+    limits.stall_timeout.FromMilliseconds(round(1000 * service.limits.stall_timeout_s))
+    limits.max_duration.FromMilliseconds(round(1000 * service.limits.max_session_s))
+    return limits
+
+
+def _engine_config(message: pb.SessionConfig, service: ServiceConfig) -> SessionConfig:
+    preset, overrides = service.model_preset, dict[str, Any]()
+    for name in ("window_frames", "sink_frames", "seed"):
+        if message.HasField(name):
+            overrides[name] = getattr(message, name)
+    overrides.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
+    if message.denoising_steps:
+        overrides["denoising_steps"] = tuple(message.denoising_steps)
+    overrides["height"], overrides["width"] = _size(message, service)
+    config = preset.session_config(**overrides)
+    limit = service.allowed_window_frames
+    least = config.sink_frames + preset.chunk_frames
+    if config.window_frames is None or not least <= config.window_frames <= limit:
+        allowed = f"must be {least} (the sink and one chunk) to {limit} latent frames"
+        raise InvalidRequest("window_frames", config.window_frames, allowed)
+    return config
+
+
+def _size(message: pb.SessionConfig, service: ServiceConfig) -> tuple[int, int]:
+    sizes = service.allowed_sizes
+    if not message.HasField("height") and not message.HasField("width"):
+        return sizes[0]
+    size = (message.height, message.width)
+    if size not in sizes:
+        allowed = f"must be one of {', '.join(f'{height}x{width}' for height, width in sizes)}"
+        field = "height" if message.height not in {height for height, _ in sizes} else "width"
+        shown = f"{message.height}x{message.width}"
+        raise InvalidRequest(field, shown, f"{allowed} (height x width)", reason="UNSUPPORTED_RESOLUTION")
+    return size
+
+
+def _credit(message: pb.SessionConfig, service: ServiceConfig) -> int:
+    if not message.HasField("credit_chunks"):
+        return service.limits.default_credit_chunks
+    most = service.limits.max_credit_chunks
+    if not 1 <= message.credit_chunks <= most:
+        raise InvalidRequest("credit_chunks", message.credit_chunks, f"must be an integer from 1 to {most}")
+    return message.credit_chunks
+
+
+def _choice(field: str, value: int, known: Mapping[int, Any], names: Any) -> Any:  # noqa: ANN401  (enum of any kind)
+    if value not in known:
+        allowed = ", ".join(names.Name(number) for number in known if number)
+        raise InvalidRequest(field, value, f"must be one of {allowed}")
+    return known[value]
+
+
+def duration_ns(seconds: float) -> int:
+    """Return seconds as the whole nanoseconds of a protobuf Duration, never negative."""
+    return max(0, math.floor(seconds * 1e9))
