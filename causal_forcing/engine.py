@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +12,11 @@ import torch
 from causal_forcing.config import SessionConfig
 from causal_forcing.errors import InvalidRequest, SessionStateError
 from causal_forcing.noise import NoiseSource
-from causal_forcing.presets import Preset
+from causal_forcing.presets import Preset, get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate
 from causal_forcing.session import Session
 from causal_forcing.transformer import CausalTransformer
+from causal_forcing.weights import LoraFile, load_text_encoder, load_transformer, load_vae
 
 if TYPE_CHECKING:
     from causal_forcing.text_encoder import TextEncoder
@@ -35,6 +38,43 @@ class Engine:
     transformer: CausalTransformer
     vae: Vae | None = None
     text_encoder: TextEncoder | None = None
+
+    @classmethod
+    def load(
+        cls,
+        preset: str | Preset,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        vae: str | None = "wan",
+        text_encoder: bool = True,
+        weights_dir: Path | None = None,
+        loras: Sequence[LoraFile] = (),
+    ) -> Engine:
+        """Return an engine with its weights loaded, strictly.
+
+        Args:
+            preset: Which model, by name or as a value.
+            device: Where to put the weights.
+            dtype: What to compute in; None takes float32 on a CPU and bfloat16 on CUDA.
+            vae: Which VAE to load with it, or None where frames are not decoded here.
+            text_encoder: Whether to load the text encoder, too.
+            weights_dir: Folder of weights; None means the embedded ones, or the default download folder.
+            loras: Low-rank updates to merge into the generator.
+
+        Raises:
+            InvalidRequest: If there is no such preset, or the preset has no such VAE.
+            BadCheckpoint: If a file is missing, damaged, of another model, or not finite.
+        """
+        preset = get_preset(preset) if isinstance(preset, str) else preset
+        if vae is not None:
+            preset.vae_config(vae)
+        return cls(
+            preset,
+            load_transformer(preset, weights_dir, device=device, dtype=dtype, loras=loras),
+            load_vae(preset, vae, weights_dir, device=device, dtype=dtype) if vae else None,
+            load_text_encoder(preset, weights_dir, device=device, dtype=dtype) if text_encoder else None,
+        )
 
     @property
     def device(self) -> torch.device:
