@@ -87,20 +87,52 @@ class Convolution(nn.Module):
         weight: Tensor = self.weight
         if weight.dim() == 5:  # [O, C, t, y, x] -> [O, t * C, y, x], a view in our memory order
             weight = weight.transpose(1, 2).flatten(1, 2)
-        images = x.permute(0, 3, 1, 2)
-        result = F.conv2d(images, weight, self.bias, stride, self.padding if padding is None else padding)
-        return result.permute(0, 2, 3, 1).contiguous()
+        if self.padding == (0, 0):
+            return F.linear(x, weight.flatten(1), self.bias)
+        return convolve(x, weight, self.bias, stride, self.padding if padding is None else padding)
 
 
 class PixelLinear(Convolution):
-    """A convolution with a kernel of one pixel: a linear map of channels."""
+    """A convolution with a kernel of one pixel and one frame: a linear map of channels."""
 
     def __init__(self, in_channels: int, out_channels: int, dims: int = 3) -> None:
         super().__init__(in_channels, out_channels, (1,) * dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., C]`` to ``[..., C']``."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return self.apply_2d(x)
+
+
+class DoublingConv(Convolution):
+    """Doubles height and width by repeating pixels, then convolves 3x3: as one 2x2 convolution of the small image.
+
+    An output pixel's nine inputs are repetitions of only four pixels, so sums of the weights, one set of four for each
+    parity of row and column, give the same result with 4/9 of the arithmetic and without the enlarged image.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, (3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, H, W, C]`` to ``[T, 2 H, 2 W, C']``."""
+        frames, height, width, _ = x.shape
+        outputs = self.weight.shape[0]
+        parities = convolve(x, self._parity_weights(), self.bias.repeat(4), 1, (1, 1))
+        parities = parities.view(frames, height + 1, width + 1, 2, 2, outputs)
+        result = x.new_empty(frames, height, 2, width, 2, outputs)
+        for row in (0, 1):
+            for column in (0, 1):
+                part = parities[:, row : row + height, column : column + width, row, column]
+                result[:, :, row, :, column].copy_(part)
+        return result.view(frames, 2 * height, 2 * width, outputs)
+
+    def _parity_weights(self) -> Tensor:
+        """Return ``[(row parity, column parity, O), C, 2, 2]``, channels innermost."""
+        above, middle, below = self.weight.float().unbind(2)  # kernel rows; the middle one joins the nearer neighbour
+        rows = torch.stack((torch.stack((above, middle + below), 2), torch.stack((above + middle, below), 2)))
+        left, middle, right = rows.unbind(-1)
+        both = torch.stack((torch.stack((left, middle + right), -1), torch.stack((left + middle, right), -1)), 1)
+        return _channels_innermost(both.flatten(0, 2).to(self.weight.dtype))
 
 
 class CausalConv(Convolution):
@@ -196,17 +228,15 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, scale: float, *, temporal: bool) -> None:
         super().__init__()
         self.time_conv = CausalConv(channels, 2 * channels, (3, 1, 1), scale) if temporal else None
-        self.resample = nn.ModuleDict({"1": Convolution(channels, channels // 2, (3, 3))})
+        self.resample = nn.ModuleDict({"1": DoublingConv(channels, channels // 2)})
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         """Map ``[T, H, W, C]`` to ``[T or 2 T, 2 H, 2 W, C / 2]``."""
         if self.time_conv is not None and state.frames > 0:
             pairs = self.time_conv(x, state)  # the earlier frame's channels first
             x = torch.stack(pairs.chunk(2, dim=-1), dim=1).flatten(0, 1)
-        frames, height, width, channels = x.shape
-        doubled = x[:, :, None, :, None].expand(frames, height, 2, width, 2, channels)
-        convolution = cast(Convolution, self.resample["1"])
-        return convolution.apply_2d(doubled.reshape(frames, 2 * height, 2 * width, channels))
+        result: Tensor = self.resample["1"](x)
+        return result
 
 
 class Downsample(nn.Module):
@@ -230,6 +260,19 @@ class Downsample(nn.Module):
         return result
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+    """Convolve images ``[T, H, W, C]`` to ``[T, H', W', C']``.
+
+    Args:
+        x: Contiguous.
+        weight: ``[C', C, y, x]``; fastest with channels innermost in memory.
+        bias: ``[C']``.
+        stride: Pixels from one result to the next, both ways.
+        padding: Zero rows above and below, zero columns left and right.
+    """
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1).contiguous()
+
+
 def _channels_innermost(weight: Tensor) -> Tensor:
     """Return an equal tensor ``[O, C, (t,) y, x]`` that lies in memory as ``[O, y, x, (t,) C]``."""
     order = (0, 3, 4, 2, 1) if weight.dim() == 5 else (0, 2, 3, 1)
@@ -249,16 +292,9 @@ def _windows(past: Tensor, x: Tensor, taps: int, stride: int) -> Tensor:
     Returns:
         ``[T / stride, H, W, taps * C]``, the earliest frame's channels first.
     """
-    if x.shape[0] == 1 and stride == 1:
-        return torch.cat((*past, x[0]), dim=-1).unsqueeze(0)
-    count = x.shape[0] // stride
-    windows = x.new_empty(count, *x.shape[1:3], taps, x.shape[3])
-    for tap in range(taps):
-        offset = tap - past.shape[0]  # window i holds frame i * stride + offset of x at this tap; negative: of the past
-        from_past = min(count, max(0, -(offset // stride)))
-        if from_past:
-            windows[:from_past, :, :, tap].copy_(past[tap : tap + from_past * stride : stride])
-        if from_past < count:
-            start = from_past * stride + offset
-            windows[from_past:, :, :, tap].copy_(x[start : start + (count - from_past) * stride : stride])
-    return windows.flatten(3)
+    frames = [*past, *x]
+    starts = range(0, len(frames) - taps + 1, stride)
+    windows = x.new_empty(len(starts), *x.shape[1:3], taps * x.shape[3])
+    for window, start in zip(windows, starts, strict=True):
+        torch.cat(frames[start : start + taps], dim=-1, out=window)
+    return windows

@@ -73,7 +73,6 @@ class WanVae(nn.Module):
         """Return the state of a stream that has not begun; arguments as for :meth:`new_decoder_state`."""
         return self._new_state(EncoderState, self.encoder, geometry, device, dtype)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
         """Decode the next latents of a stream.
 
@@ -90,8 +89,9 @@ class WanVae(nn.Module):
         """
         return self.decode_unclamped(latents, state).clamp_(-1, 1)
 
+    @torch.no_grad()
     def decode_unclamped(self, latents: Tensor, state: DecoderState) -> Tensor:
-        """Do as :meth:`decode` without limiting the range; differentiable where gradients are enabled."""
+        """Do as :meth:`decode` without limiting the range."""
         geometry = state.geometry
         if latents.dim() != 5 or latents.shape != geometry.latent_shape(latents.shape[2]) or not latents.shape[2]:
             raise ValueError(f"latents {list(latents.shape)} must be {list(geometry.latent_shape(1))} or more frames")
@@ -105,7 +105,6 @@ class WanVae(nn.Module):
                 state.frames += 1
             return torch.cat(frames).permute(3, 0, 1, 2).contiguous().unsqueeze(0)
 
-    @torch.no_grad()
     def encode(self, video: Tensor, state: EncoderState | None = None) -> Tensor:
         """Encode the next pixel frames of a stream.
 
@@ -125,8 +124,9 @@ class WanVae(nn.Module):
         shape = (1, -1, 1, 1, 1)
         return ((latents - mean.view(shape)) / std.view(shape)).to(self.conv1.weight.dtype)
 
+    @torch.no_grad()
     def encode_moments(self, video: Tensor, state: EncoderState | None = None) -> Tensor:
-        """Return mean and log-variance of raw latents, ``[1, 32, F, h, w]``; differentiable, else as :meth:`encode`."""
+        """Return mean and log-variance of the raw latents, ``[1, 32, F, h, w]``; else as :meth:`encode`."""
         if video.dim() != 5 or video.shape[:2] != (1, 3):
             raise InvalidRequest("video", list(video.shape), "must have the shape [1, 3, frames, height, width]")
         geometry = Geometry(video.shape[3], video.shape[4])
