@@ -19,7 +19,7 @@ from tqdm import tqdm
 from causal_forcing.commands import request as request_options
 from causal_forcing.commands.request import GenerateRequest, read_request
 from causal_forcing.engine import Engine
-from causal_forcing.errors import SessionStateError
+from causal_forcing.errors import InvalidRequest, SessionStateError
 from causal_forcing.geometry import FRAMES_PER_SECOND, Geometry, pixel_frames
 from causal_forcing.media import Frames, FrameWriter, open_writer, read_image, read_video, to_frames
 from causal_forcing.prompts import PromptUpdate
@@ -27,6 +27,7 @@ from causal_forcing.record import SessionRecord
 from causal_forcing.sampler import Stopped
 from causal_forcing.script import ScheduledPrompt, schedule
 from causal_forcing.session import Chunk, Session
+from causal_forcing.weights import LoraFile
 
 UNTRAINED = "preset {} has random weights: it has not been trained, and the video shows noise, not the prompt"
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `generate`."""
     request_options.add_arguments(parser)
     parser.add_argument("--weights-dir", type=Path, help="folder of downloaded weights")
+    parser.add_argument("--lora", action="append", metavar="FILE[::SCALE]", help="merge a LoRA into the generator")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -42,14 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate the video and print how fast that was; return 0, or 130 if it was interrupted."""
     request = read_request(args)
+    device = _choose_device(args.device)
+    loras = [_parse_lora(text) for text in args.lora or ()]
     with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
         engine = Engine.load(
             request.preset,
-            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device,
             vae=request.vae,
             weights_dir=args.weights_dir,
+            loras=loras,
         )
         with _progress_bar(request, quiet=args.quiet) as bar:
             run = Run(request, engine, writer, bar, stop)
@@ -208,6 +213,30 @@ def _given_pixels(
         latents = max(1, min(cache_frames, request.preset.window_frames) - chunk_frames)
         return read_video(request.video, geometry, max_frames=pixel_frames(latents, first=True))
     return None
+
+
+def _choose_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvalidRequest("device", name, "must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest("device", name, f"this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _parse_lora(text: str) -> LoraFile:
+    path, mark, scale = text.rpartition("::")
+    if not mark:
+        return LoraFile(Path(text))
+    try:
+        return LoraFile(Path(path), float(scale))
+    except ValueError:
+        raise InvalidRequest("lora", text, "must be FILE or FILE::SCALE, as in style.safetensors::0.8") from None
 
 
 def _save_record(record: SessionRecord, path: Path) -> None:

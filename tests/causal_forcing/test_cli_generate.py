@@ -56,7 +56,7 @@ def engine() -> Engine:
 def command(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run `generate` with a very small model, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: engine, raising=False)
+    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: engine)
     monkeypatch.setattr("causal_forcing.commands.request.get_preset", lambda _name: engine.preset)
     return lambda *words: cli.main(["generate", "--quiet", *words])
 
@@ -167,11 +167,28 @@ def test_an_interrupt_keeps_what_is_finished(command, tmp_path: Path, monkeypatc
 def test_a_refused_request_writes_nothing_and_loads_nothing(
     command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: pytest.fail("loaded"))
     assert command("--prompt", "a fox", "--size", "50x50") == 2
     assert "height: got 50; must be a positive multiple of 16" in capsys.readouterr().err
     assert command("--prompt", "a fox", "-o", "out.avi") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--device tpu", "device: got 'tpu'; must be cpu, cuda or cuda:N"),
+        ("--device cuda:99", "device: got 'cuda:99'; this machine has"),
+        ("--lora x.safetensors::strong", "lora: got 'x.safetensors::strong'; must be FILE or FILE::SCALE"),
+        ("--lora x.safetensors::11", "loras.scale: got 11.0; must be from -10 to 10"),
+    ],
+)
+def test_what_weights_to_use_is_checked_first(
+    command, words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: pytest.fail("loaded"))
+    assert command("--prompt", "a fox", *words.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_image_that_is_not_one_leaves_no_file(command, tmp_path: Path, capsys) -> None:
