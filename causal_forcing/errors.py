@@ -5,6 +5,7 @@
     ├── SessionStateError     the call does not fit the state the session is in
     ├── NoCapacity            every slot, or every byte, is taken
     ├── BadCheckpoint         a weight file is damaged, unsafe, or belongs to another model
+    ├── DownloadFailed        a weight file could not be fetched
     ├── OutOfMemory           the device cannot hold what was asked for
     ├── DeviceFault           the device failed while computing
     └── NonFiniteOutput       the model produced NaN or infinity
@@ -81,6 +82,13 @@ class BadCheckpoint(CausalForcingError):
     """Raised when a weight file is truncated, unsafe, incomplete, non-finite, or of another model."""
 
     default_reason = "BAD_CHECKPOINT"
+
+
+class DownloadFailed(CausalForcingError):
+    """Raised when a weight file could not be fetched: no network, no such file, no permission."""
+
+    default_reason = "DOWNLOAD_FAILED"
+    retryable = True
 
 
 class OutOfMemory(CausalForcingError):
