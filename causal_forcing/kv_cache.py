@@ -114,6 +114,10 @@ class KeyValueCache:
         """Bytes held."""
         return sum(t.nbytes for t in (*self.keys, *self.values, *self.sink_keys))
 
+    def has_room(self, frames: int) -> bool:
+        """Return whether that many more latent frames fit, or make room for themselves."""
+        return self.layout.evicts or self._held_frames(self.cursor.end + frames) <= self.layout.capacity
+
     def plan(self, frames: int) -> CachePlan:
         """Return where the next ``frames`` latent frames go.
 
@@ -122,7 +126,7 @@ class KeyValueCache:
         """
         cursor, layout = self.cursor, self.layout
         held = self._held_frames(cursor.end + frames)
-        if not layout.evicts and held > layout.capacity:
+        if not self.has_room(frames):
             raise SessionStateError(
                 f"a session without a window holds {layout.capacity} latent frames; {cursor.end - cursor.origin} are "
                 f"written and {frames} more do not fit: set window_frames for an endless stream",

@@ -1,7 +1,6 @@
-"""The two kinds of saved session.
+"""A session's events and latents: megabytes, from which any engine of the same model continues it.
 
-A :class:`Snapshot` holds the caches (gigabytes at full size) and continues bit for bit. A :class:`SessionRecord` holds
-events and latents (megabytes) and is rebuilt on any engine of the same model:
+A :class:`~causal_forcing.snapshot.Snapshot` holds the caches themselves; a :class:`SessionRecord` has them recomputed:
 
 - ``fast``: keys and values of the frames in the window are recomputed from their latents. Close, not equal: in the
   lost cache, deep layers of the kept frames still carried evicted ones.
@@ -12,31 +11,34 @@ events and latents (megabytes) and is rebuilt on any engine of the same model:
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from causal_forcing.config import SessionConfig
 from causal_forcing.errors import InvalidRequest, SessionStateError
-from causal_forcing.kv_cache import CacheCursor
-from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
+from causal_forcing.prompts import PromptEmbedding, PromptUpdate, SwitchPolicy
+from causal_forcing.saved import (
+    FORMAT,
+    config_from_json,
+    config_to_json,
+    parsing,
+    read_file,
+    update_from_json,
+    update_to_json,
+)
 from causal_forcing.session import Chunk, Session
-from causal_forcing.state import PromptState
-from causal_forcing.transformer import TextMemory
 from causal_forcing.vae import WanVae
 
 if TYPE_CHECKING:
     from causal_forcing.engine import Engine
-
-FORMAT = 1
-"""Version of both file layouts."""
 
 
 class RestoreMode(StrEnum):
@@ -44,117 +46,6 @@ class RestoreMode(StrEnum):
 
     FAST = "fast"
     EXACT = "exact"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A whole session state, copied out.
-
-    Attributes:
-        meta: Host-side values, JSON-able; holds the prompts' texts.
-        tensors: Every tensor of the state, by name.
-    """
-
-    meta: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(t.nbytes for t in self.tensors.values())
-
-    @classmethod
-    def take(cls, session: Session) -> Snapshot:
-        """Return a copy of the session's state.
-
-        Raises:
-            SessionStateError: If the session has failed.
-        """
-        state = session.state
-        if state.failed:
-            raise SessionStateError(f"the session has failed: {state.failed}", reason="SESSION_FAILED")
-        prompt = state.prompt
-        meta = {
-            "format": FORMAT,
-            "preset": session.engine.preset.name,
-            "config": config_to_json(session.config),
-            "cursor": asdict(state.cache.cursor),
-            "chunk_index": state.chunk_index,
-            "scene_chunks": state.scene_chunks,
-            "anchored_chunk": state.anchored_chunk,
-            "latent_positions": sorted(state.latents),
-            "prompt": {
-                "update": update_to_json(prompt.update) if prompt.update else None,
-                "waiting": update_to_json(prompt.waiting[0]) if prompt.waiting else None,
-                "step": prompt.step,
-                "chunk": prompt.chunk,
-                "announced": prompt.announced,
-            },
-        }
-        return cls(meta, {name: tensor.clone() for name, tensor in _state_tensors(session).items()})
-
-    def apply(self, session: Session) -> None:
-        """Replace the session's state; nothing is changed if the snapshot does not fit.
-
-        Raises:
-            InvalidRequest: If it is of another model or configuration, or a part is missing, extra or misshapen.
-        """
-        meta, state = self.meta, session.state
-        mine = {"format": FORMAT, "preset": session.engine.preset.name, "config": config_to_json(session.config)}
-        for name, value in mine.items():
-            if meta.get(name) != value:
-                raise InvalidRequest(f"snapshot.{name}", meta.get(name), f"must be {value!r}, as in this session")
-        self._require_parts(session)
-        prompt_meta = meta["prompt"]
-        waiting = prompt_meta["waiting"]
-        device = session.engine.device
-        with torch.inference_mode():
-            held = {name: tensor.to(device, copy=True) for name, tensor in self.tensors.items() if "cache." not in name}
-            for name, target in _cache_tensors(session).items():
-                target.copy_(self.tensors[name])
-            if state.decoder is not None:
-                decoder = {k.removeprefix("decoder."): t for k, t in self.tensors.items() if k.startswith("decoder.")}
-                state.decoder.load_tensors(decoder)
-        state.cache.cursor = CacheCursor(**meta["cursor"])
-        state.text = _text_memory(held, session.engine.transformer.config.num_layers)
-        state.latents = {p: held[f"latents.{p}"] for p in meta["latent_positions"]}
-        state.chunk_index, state.scene_chunks = meta["chunk_index"], meta["scene_chunks"]
-        state.anchored_chunk, state.failed = meta["anchored_chunk"], None
-        state.prompt = PromptState(
-            update=update_from_json(prompt_meta["update"]) if prompt_meta["update"] else None,
-            embeds=held.get("prompt.embeds"),
-            source=held.get("prompt.source"),
-            target=held.get("prompt.target"),
-            step=prompt_meta["step"],
-            chunk=prompt_meta["chunk"],
-            announced=prompt_meta["announced"],
-            waiting=(update_from_json(waiting), held["prompt.waiting"]) if waiting else None,
-        )
-
-    def save(self, path: Path) -> None:
-        """Write the snapshot as one safetensors file."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata={"snapshot": json.dumps(self.meta)})
-
-    @classmethod
-    def load(cls, path: Path) -> Snapshot:
-        """Return a saved snapshot.
-
-        Raises:
-            InvalidRequest: If the file is not a snapshot.
-        """
-        meta, tensors = _read_file(path, "snapshot")
-        return cls(meta, tensors)
-
-    def _require_parts(self, session: Session) -> None:
-        expected = {name: list(tensor.shape) for name, tensor in _cache_tensors(session).items()}
-        if session.state.decoder is not None:
-            decoder = session.state.decoder.tensors()
-            expected |= {f"decoder.{name}": list(tensor.shape) for name, tensor in decoder.items()}
-        found = {name: list(t.shape) for name, t in self.tensors.items() if name.startswith(("cache.", "decoder."))}
-        if found != expected:
-            wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-            raise InvalidRequest("snapshot.tensors", wrong[:4], "must have exactly this session's caches and shapes")
 
 
 @dataclass
@@ -193,6 +84,14 @@ class SessionRecord:
     keep_all: bool = True
     chunks: list[RecordedChunk] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Index the chunks by frame, so that appending one takes the same time however long the stream is."""
+        self._starts = [0]
+        self._scenes = [0]
+        self._kept: list[int] = []
+        for index in range(len(self.chunks)):
+            self._index(index)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the kept latents."""
@@ -216,6 +115,7 @@ class SessionRecord:
         latents = chunk.latents.to("cpu", copy=True)
         applied = update if chunk.prompt_applied else None
         self.chunks.append(RecordedChunk(latents.shape[2], given, applied, latents))
+        self._index(chunk.index)
         self._drop_unneeded()
 
     @property
@@ -247,8 +147,8 @@ class SessionRecord:
         session = engine.new_session(self.config)
         total = len(self.chunks)
         first = self.exact_start if mode is RestoreMode.EXACT else total
-        if first == 0 and any(c.latents is None for c in self.chunks):
-            raise SessionStateError("the record did not keep the latents of every chunk", reason="NOT_EXACT")
+        if any(c.latents is None for c in self.chunks[first:]):
+            raise SessionStateError("the record did not keep every chunk's latents for exactness", reason="NOT_EXACT")
         if first:
             self._account(session, first, encode)
         for recorded in self.chunks[first:]:
@@ -283,23 +183,24 @@ class SessionRecord:
         Raises:
             InvalidRequest: If the file is not a record.
         """
-        meta, tensors = _read_file(path, "record")
-        chunks = [
-            RecordedChunk(
-                c["frames"],
-                c["given"],
-                update_from_json(c["update"]) if c["update"] else None,
-                tensors.get(f"latents.{i}"),
-            )
-            for i, c in enumerate(meta["chunks"])
-        ]
-        return cls(meta["preset"], config_from_json(meta["config"]), meta["keep_all"], chunks)
+        meta, tensors = read_file(path, "record")
+        with parsing("record", path):
+            chunks = [
+                RecordedChunk(
+                    c["frames"],
+                    c["given"],
+                    update_from_json(c["update"]) if c["update"] else None,
+                    tensors.get(f"latents.{i}"),
+                )
+                for i, c in enumerate(meta["chunks"])
+            ]
+            return cls(meta["preset"], config_from_json(meta["config"]), meta["keep_all"], chunks)
 
     def _account(
         self, session: Session, upto: int, encode: Callable[[PromptUpdate], Sequence[PromptEmbedding]]
     ) -> None:
         """Bring everything but the caches to where it was before chunk ``upto``."""
-        state, geometry = session.state, session.config.geometry
+        state, engine = session.state, session.engine
         with torch.inference_mode():
             for index, recorded in enumerate(self.chunks[:upto]):
                 if recorded.update is not None:
@@ -308,14 +209,13 @@ class SessionRecord:
                 if change is not None:
                     state.forget(change)
                 state.cache.skip(recorded.frames)
-                shape = geometry.latent_shape(recorded.frames)
-                latents = torch.zeros(shape) if recorded.latents is None else recorded.latents
-                state.remember(latents.to(session.engine.device, session.engine.dtype))
+                if recorded.latents is not None:
+                    state.remember(recorded.latents.to(engine.device, engine.dtype), engine.preset.chunk_frames)
                 state.prompt.announced = True
                 state.chunk_index += 1
                 state.scene_chunks += not recorded.given
             assert state.prompt.embeds is not None
-            state.text = session.engine.transformer.read_text(state.prompt.embeds)
+            state.text = engine.transformer.read_text(state.prompt.embeds)
 
     def _prime_decoder(self, session: Session) -> None:
         """Bring the decoder's caches to the end of the stream from the newest latents of the scene."""
@@ -333,84 +233,24 @@ class SessionRecord:
             with torch.inference_mode():
                 vae.decode(latents.to(session.engine.device, session.engine.dtype), decoder)
 
+    def _index(self, index: int) -> None:
+        chunk = self.chunks[index]
+        self._starts.append(self._starts[-1] + chunk.frames)
+        if chunk.update is not None and chunk.update.policy is SwitchPolicy.SCENE_CUT:
+            self._scenes.append(index)
+        if chunk.latents is not None:
+            self._kept.append(index)
+
     def _drop_unneeded(self) -> None:
         """Let go of latents that no restore from now on can need."""
         if self.keep_all and self.config.anchor_every_chunks is None:
             return
         base = self.exact_start if self.keep_all else len(self.chunks)
-        starts, position = [], 0
-        for chunk in self.chunks:
-            starts.append(position)
-            position += chunk.frames
-        base_frame = starts[base] if base < len(starts) else position
-        needed_from = base_frame - max(self.config.cache_frames, WanVae.REACH)
-        scene = max((i for i, c in enumerate(self.chunks[: base + 1]) if _cuts_scene(c)), default=0)
-        sink_end = starts[scene] + self.config.sink_frames
-        for chunk, start in zip(self.chunks, starts, strict=True):
-            in_sink = starts[scene] <= start < sink_end
-            if start + chunk.frames <= needed_from and not in_sink:
-                chunk.latents = None
-
-
-def config_to_json(config: SessionConfig) -> dict[str, Any]:
-    """Return a session configuration as JSON values."""
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def config_from_json(values: dict[str, Any]) -> SessionConfig:
-    """Return the configuration that :func:`config_to_json` wrote."""
-    restored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return SessionConfig(**restored)
-
-
-def update_to_json(update: PromptUpdate) -> dict[str, Any]:
-    """Return a prompt update as JSON values."""
-    return asdict(update)
-
-
-def update_from_json(values: dict[str, Any]) -> PromptUpdate:
-    """Return the update that :func:`update_to_json` wrote."""
-    return PromptUpdate(**(values | {"prompts": tuple(WeightedPrompt(**p) for p in values["prompts"])}))
-
-
-def _cuts_scene(chunk: RecordedChunk) -> bool:
-    return chunk.update is not None and chunk.update.policy == "scene_cut"
-
-
-def _cache_tensors(session: Session) -> dict[str, Tensor]:
-    cache = session.state.cache
-    parts = {"keys": cache.keys, "values": cache.values, "sink_keys": cache.sink_keys}
-    return {f"cache.{part}.{i}": tensor for part, tensors in parts.items() for i, tensor in enumerate(tensors)}
-
-
-def _state_tensors(session: Session) -> dict[str, Tensor]:
-    state = session.state
-    named = _cache_tensors(session)
-    if state.text is not None:
-        named |= {f"text.keys.{i}": t for i, t in enumerate(state.text.keys)}
-        named |= {f"text.values.{i}": t for i, t in enumerate(state.text.values)}
-    named |= {f"prompt.{name}": t for name, t in state.prompt.tensors().items()}
-    named |= {f"latents.{position}": t for position, t in state.latents.items()}
-    if state.decoder is not None:
-        named |= {f"decoder.{name}": t for name, t in state.decoder.tensors().items()}
-    return named
-
-
-def _text_memory(tensors: dict[str, Tensor], layers: int) -> TextMemory | None:
-    if "text.keys.0" not in tensors:
-        return None
-    keys = tuple(tensors[f"text.keys.{i}"] for i in range(layers))
-    return TextMemory(keys, tuple(tensors[f"text.values.{i}"] for i in range(layers)))
-
-
-def _read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {})[kind])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise InvalidRequest(kind, str(path), f"must be a {kind} file of this program") from error
-    if meta.get("format") != FORMAT:
-        raise InvalidRequest(f"{kind}.format", meta.get("format"), f"must be {FORMAT}")
-    return meta, tensors
+        scene = self._scenes[bisect_right(self._scenes, base) - 1]
+        sink = range(self._starts[scene], self._starts[scene] + self.config.sink_frames)
+        cached_from = self._starts[base] - self.config.cache_frames
+        needed_from = min(cached_from, self._starts[-1] - WanVae.REACH)
+        dropped = [i for i in self._kept if self._starts[i + 1] <= needed_from and self._starts[i] not in sink]
+        for index in dropped:
+            self.chunks[index].latents = None
+        self._kept = [i for i in self._kept if self.chunks[i].latents is not None]

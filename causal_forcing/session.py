@@ -7,7 +7,7 @@ product on one screen: apply the prompt, denoise, write the context, advance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,12 @@ from causal_forcing.noise import NoiseSource, SeededNoise
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, SwitchPolicy
 from causal_forcing.rope import RotaryEmbedding
 from causal_forcing.sampler import Schedule, denoise
-from causal_forcing.state import SessionState
+from causal_forcing.snapshot import Snapshot
+from causal_forcing.state import SessionState, split_passes
 from causal_forcing.transformer import ChunkContext
 
 if TYPE_CHECKING:
     from causal_forcing.engine import Engine
-    from causal_forcing.record import Snapshot
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,12 @@ class Session:
         if self.config.window_frames is None and frames > room:
             raise InvalidRequest("latents", f"{frames} frames", f"must be at most {room} without a window")
         with self._device_work():
-            self._apply_prompt()
+            self._cross_boundary()
             given = latents.to(self.engine.device, self.engine.dtype)
-            self._write_frames(given)
-            return self._commit(given, start=0, starts_scene=True)
+            with self._position_kept_on_error():
+                for part in split_passes(given, chunk_frames):
+                    self._write_context(part, self._open_chunk(part.shape[2]))
+                return self._commit(given, start=0, starts_scene=True, given=True)
 
     def generate_chunk(self, *, should_stop: Callable[[], bool] | None = None) -> Chunk:
         """Return the next chunk; it is committed, or the session stays where it was and the call may be repeated.
@@ -187,8 +189,6 @@ class Session:
         Raises:
             SessionStateError: If the session has failed.
         """
-        from causal_forcing.record import Snapshot
-
         return Snapshot.take(self)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -202,50 +202,56 @@ class Session:
     def rebuild_cache(self) -> None:
         """Recompute the keys and values of every held frame from its latents, under the prompt in force.
 
-        Oldest first. This is what the ``recache`` policy, an anchor and a fast restore do. Every frame keeps its
-        position; frames that were evicted no longer have an influence.
+        Oldest first, in the context passes that first wrote them. This is what the ``recache`` policy, an anchor and a
+        fast restore do. Every frame keeps its position; frames that were evicted no longer have an influence.
         """
         cache = self.state.cache
-        cursor, held = cache.cursor, cache.held_positions()
-        sink = [p for p in held if p < cursor.origin + cache.layout.sink_frames]
-        rolling = held[len(sink) :]
-        with self._device_work():
-            cache.rewind(ring_start=cursor.origin + cache.layout.sink_frames, end=cursor.origin)
-            if sink:
-                self._write_frames(self.state.frames_at(sink))
-            if rolling:
-                cache.rewind(ring_start=rolling[0], end=rolling[0])
-                self._write_frames(self.state.frames_at(rolling))
+        with self._device_work(), self._position_kept_on_error():
+            runs = self.state.held_runs()
+            self.state.cache_is_stale = True
+            cache.rewind(ring_start=cache.cursor.origin + cache.layout.sink_frames, end=cache.cursor.origin)
+            for start, latents in runs:
+                if start != cache.cursor.end:  # evicted frames lie before it
+                    cache.rewind(ring_start=start, end=start)
+                self._write_context(latents, self._open_chunk(latents.shape[2]))
+        self.state.cache_is_stale = False
 
     def _next_chunk(self, make_latents: Callable[[ChunkContext], Tensor]) -> Chunk:
         with self._device_work():
-            self._apply_prompt()
-            self._apply_anchor()
+            self._cross_boundary()
             start, starts_scene = self.state.position, self.state.begins_scene
-            context = self._open_chunk(self.engine.preset.chunk_frames)
-            latents = make_latents(context)
-            self._write_context(latents, context)
-            self.state.scene_chunks += 1
-            return self._commit(latents, start=start, starts_scene=starts_scene)
+            with self._position_kept_on_error():
+                context = self._open_chunk(self.engine.preset.chunk_frames)
+                latents = make_latents(context)
+                self._write_context(latents, context)
+                return self._commit(latents, start=start, starts_scene=starts_scene)
 
-    def _apply_prompt(self) -> None:
-        """Make the next chunk's prompt current; a second try of the same chunk finds nothing left to do."""
+    def _cross_boundary(self) -> None:
+        """Make the next chunk's prompt current and the cache ready for it.
+
+        Bookkeeping, which cannot fail, comes first and happens once per chunk; the device work after it is done again
+        by the next try if it breaks off.
+        """
         state = self.state
-        change = state.prompt.begin_chunk(state.chunk_index)
-        if change is None:
-            return
-        state.text = self.engine.transformer.read_text(change.embeds)
-        state.forget(change)
-        if change.policy is SwitchPolicy.RECACHE and state.position:
+        full = not state.cache.has_room(self.engine.preset.chunk_frames)
+        change = state.prompt.begin_chunk(state.chunk_index, full=full)
+        if change is not None:
+            state.text = None
+            state.forget(change)
+            state.cache_is_stale |= change.policy is SwitchPolicy.RECACHE
+        if self._anchor_is_due():
+            state.cache_is_stale, state.anchored_chunk = True, state.chunk_index
+        if state.text is None:
+            assert state.prompt.embeds is not None
+            state.text = self.engine.transformer.read_text(state.prompt.embeds)
+        if state.cache_is_stale:
             self.rebuild_cache()
 
-    def _apply_anchor(self) -> None:
-        """Rebuild the cache where the configuration says so, so that an exact restore can start here."""
+    def _anchor_is_due(self) -> bool:
+        """Return whether the cache is rebuilt before the next chunk, so that an exact restore can start there."""
         every, state = self.config.anchor_every_chunks, self.state
         due = every is not None and state.chunk_index > 0 and state.chunk_index % every == 0
-        if due and state.anchored_chunk != state.chunk_index:
-            self.rebuild_cache()
-            state.anchored_chunk = state.chunk_index
+        return due and state.anchored_chunk != state.chunk_index
 
     def _open_chunk(self, frames: int) -> ChunkContext:
         """Return the context of the next frames, with the sink's keys rotated to where these frames expect them."""
@@ -262,18 +268,11 @@ class Session:
         device, dtype = self.engine.device, self.engine.dtype
         return lambda draw: self._noise(chunk, draw, shape).to(device, dtype, non_blocking=True)
 
-    def _write_frames(self, latents: Tensor) -> None:
-        """Write given frames as context, a chunk's worth at a time."""
-        size = self.engine.preset.chunk_frames
-        for first in range(0, latents.shape[2], size):
-            part = latents[:, :, first : first + size]
-            self._write_context(part, self._open_chunk(part.shape[2]))
-
     def _write_context(self, latents: Tensor, context: ChunkContext) -> None:
         self.engine.transformer.write_context(latents, self._schedule.context, context)
         self.state.cache.advance(context.plan)
 
-    def _commit(self, latents: Tensor, *, start: int, starts_scene: bool) -> Chunk:
+    def _commit(self, latents: Tensor, *, start: int, starts_scene: bool, given: bool = False) -> Chunk:
         state, prompt = self.state, self.state.prompt
         assert prompt.update is not None
         chunk = Chunk(
@@ -285,10 +284,23 @@ class Session:
             prompt_applied=not prompt.announced,
             is_finite=torch.isfinite(latents).all(),
         )
-        state.remember(latents)
+        state.remember(latents, self.engine.preset.chunk_frames)
         state.chunk_index += 1
+        state.scene_chunks += not given
         prompt.announced = True
         return chunk
+
+    @contextmanager
+    def _position_kept_on_error(self) -> Iterator[None]:
+        """Put the stream position back where it was unless the enclosed work runs to its end.
+
+        Rows that the work has written by then are either past that position or written again by the next try.
+        """
+        cache = self.state.cache
+        with ExitStack() as undo:
+            undo.callback(setattr, cache, "cursor", cache.cursor)
+            yield
+            undo.pop_all()
 
     @contextmanager
     def _device_work(self) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from causal_forcing.blending import blend, interpolate, is_negligible
@@ -20,6 +19,11 @@ if TYPE_CHECKING:
 
 FLUSH_KEEP_FRAMES = 2
 """Latent frames that survive a flush beside the sink. Source: Infinity-RoPE (63d7b84)."""
+
+
+def split_passes(latents: Tensor, pass_frames: int) -> list[Tensor]:
+    """Return latents ``[1, 16, F, h, w]`` in the pieces that one context pass each writes; the last may be shorter."""
+    return [latents[:, :, first : first + pass_frames] for first in range(0, latents.shape[2], pass_frames)]
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,20 @@ class PromptState:
         mixed = blend([e.embeds for e in embeddings], [p.weight for p in update.prompts], update.blend)
         self.waiting = (update, mixed)
 
-    def begin_chunk(self, chunk: int) -> PromptChange | None:
+    def begin_chunk(self, chunk: int, *, full: bool = False) -> PromptChange | None:
         """Return what changes at this chunk's boundary, or None.
+
+        Args:
+            chunk: Index of the chunk.
+            full: Whether the chunk cannot be made for lack of room. Its next boundary would never come, so a waiting
+                update (which may make room) is taken even if the boundary was handled before.
 
         Raises:
             SessionStateError: If there is no prompt at all (reason ``NO_PROMPT``).
         """
         if self.embeds is None and self.waiting is None:
             raise SessionStateError("the session has no prompt yet", reason="NO_PROMPT")
-        if self.chunk == chunk:
+        if self.chunk == chunk and not (full and self.waiting is not None):
             return None
         self.chunk = chunk
         if self.waiting is not None:
@@ -124,8 +133,10 @@ class SessionState:
         cache: Self-attention keys and values, and the stream position.
         decoder: Temporal caches of the VAE decoder; None when the engine has no VAE.
         prompt: Prompt in force and waiting.
-        text: Cross-attention keys and values of the prompt in force; None before the first chunk.
-        latents: Clean latents of every frame in the cache, by position, each ``[1, 16, 1, h, w]``.
+        text: Cross-attention keys and values of the prompt in force; None until a chunk first needs them.
+        latents: Clean latents ``[1, 16, F, h, w]`` of every context pass that still has a frame in the cache, by the
+            position of the pass's first frame.
+        cache_is_stale: Whether the cache must be rebuilt from ``latents`` before anything reads it.
         chunk_index: Index of the next chunk.
         scene_chunks: Chunks generated (not given) since the scene began.
         anchored_chunk: Chunk before which the cache was last rebuilt as an anchor; -1 if never.
@@ -137,6 +148,7 @@ class SessionState:
     prompt: PromptState = field(default_factory=PromptState)
     text: TextMemory | None = None
     latents: dict[int, Tensor] = field(default_factory=dict)
+    cache_is_stale: bool = False
     chunk_index: int = 0
     scene_chunks: int = 0
     anchored_chunk: int = -1
@@ -167,21 +179,41 @@ class SessionState:
         """Bytes of all parts."""
         return sum(self.nbytes_by_part().values())
 
-    def remember(self, latents: Tensor) -> None:
-        """Keep the newest committed frames, and forget those that left the cache.
+    def remember(self, latents: Tensor, pass_frames: int) -> None:
+        """Keep the newest committed frames, and let go of passes that left the cache.
 
         Args:
             latents: ``[1, 16, F, h, w]``, ending at :attr:`position`.
+            pass_frames: Frames that each context pass wrote; the last may have written fewer.
         """
-        frames = latents.shape[2]
-        for i in range(frames):
-            self.latents[self.position - frames + i] = latents[:, :, i : i + 1].clone()
-        held = set(self.cache.held_positions())
-        self.latents = {position: kept for position, kept in self.latents.items() if position in held}
+        first = self.position - latents.shape[2]
+        for i, written in enumerate(split_passes(latents, pass_frames)):
+            self.latents[first + i * pass_frames] = written.clone()
+        held = self.cache.held_positions()
+        self.latents = {
+            start: kept
+            for start, kept in self.latents.items()
+            if any(position in range(start, start + kept.shape[2]) for position in held)
+        }
 
-    def frames_at(self, positions: list[int]) -> Tensor:
-        """Return the kept latents of these positions, ``[1, 16, len(positions), h, w]``."""
-        return torch.cat([self.latents[p] for p in positions], dim=2)
+    def held_runs(self) -> list[tuple[int, Tensor]]:
+        """Return the frames in the cache as consecutive runs, oldest first, each the held part of one context pass.
+
+        Returns:
+            Position of a run's first frame, and its latents ``[1, 16, F, h, w]``.
+
+        Raises:
+            SessionStateError: If the latents of a frame in the cache are not known.
+        """
+        owners = {start + i: start for start, kept in self.latents.items() for i in range(kept.shape[2])}
+        runs: list[range] = []
+        for position in self.cache.held_positions():
+            if position not in owners:
+                raise SessionStateError(f"the latents of frame {position} were not kept", reason="NOT_EXACT")
+            joins = runs and position == runs[-1].stop and owners[position] == owners[runs[-1].start]
+            runs.append(range(runs.pop().start if joins else position, position + 1))
+        kept = [(run, self.latents[owners[run.start]], owners[run.start]) for run in runs]
+        return [(run.start, latents[:, :, run.start - owner : run.stop - owner]) for run, latents, owner in kept]
 
     def forget(self, change: PromptChange) -> None:
         """Drop the frames that a prompt change's policy does not want to remember."""
@@ -202,6 +234,7 @@ class SessionState:
         self.prompt = PromptState()
         self.text = None
         self.latents = {}
+        self.cache_is_stale = False
         self.chunk_index = self.scene_chunks = 0
         self.anchored_chunk = -1
         self.failed = None
