@@ -5,6 +5,7 @@ Source: daydreamlive/scope@68b0f956 (EmbeddingBlender), whose rules are restated
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,10 @@ from causal_forcing.prompts import Blend
 
 _EPS = 1e-8
 _SMALLEST_ANGLE = 1e-4
-"""Below this largest angle (radians) slerp is numerically a straight line."""
+"""Below this angle (radians) slerp is numerically a straight line."""
+
+_LARGEST_ANGLE = math.pi - 0.01
+"""Above this angle slerp goes straight, too: between opposite vectors no arc is the shortest."""
 
 NEGLIGIBLE_CHANGE = 0.01
 """A transition over a smaller Frobenius distance than this snaps."""
@@ -73,7 +77,8 @@ def interpolate(source: Tensor, target: Tensor, t: float, method: Blend = Blend.
     b_norm = b.norm(dim=-1, keepdim=True).clamp_min(_EPS)
     angle = ((a / a_norm) * (b / b_norm)).sum(-1, keepdim=True).clamp(-1, 1).acos()
     arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle).clamp_min(_EPS)
-    return torch.where(angle < _SMALLEST_ANGLE, line, arc).to(source.dtype)
+    is_straight = (angle < _SMALLEST_ANGLE) | (angle > _LARGEST_ANGLE)
+    return torch.where(is_straight, line, arc).to(source.dtype)
 
 
 def is_negligible(source: Tensor, target: Tensor) -> bool:

@@ -107,6 +107,8 @@ class Engine:
         config = config or self.session_config()
         rolling, chunk = config.cache_frames - config.sink_frames, self.preset.chunk_frames
         if rolling < chunk:
+            if config.window_frames is None:
+                raise InvalidRequest("max_frames", config.max_frames, f"must be at least a chunk ({chunk} frames)")
             allowed = f"must exceed sink_frames ({config.sink_frames}) by at least a chunk ({chunk} frames)"
             raise InvalidRequest("window_frames", config.window_frames, allowed)
         return Session(self, config, noise=noise)

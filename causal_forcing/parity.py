@@ -102,8 +102,11 @@ class RecordedNoise:
 
 
 def run_parity(folder: Path) -> list[Check]:
-    """Return every comparison of a golden folder; a folder without golden files gives one failed check."""
-    paths = sorted(folder.glob("*.safetensors"))
+    """Return every comparison of a golden folder; a folder without golden files gives one failed check.
+
+    Beside golden files the folder may hold text for people (``*.md``); any other file is a failed check, too.
+    """
+    paths = sorted(p for p in folder.glob("*") if p.suffix != ".md" and not p.name.startswith("."))
     if not paths:
         return [Check(str(folder), "folder", float("inf"), 0.0, "no golden files (*.safetensors) in it")]
     weights_path = folder / "dit_weights.safetensors"
@@ -111,7 +114,7 @@ def run_parity(folder: Path) -> list[Check]:
     for path in paths:
         try:
             found = list(_compare(Golden.read(path), weights_path))
-        except (CausalForcingError, SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        except (CausalForcingError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
             found = [Check(path.stem, "run", float("inf"), 0.0, f"not executed: {type(error).__name__}: {error}")]
         checks += found
     return checks or [Check(str(folder), "folder", float("inf"), 0.0, "weights, but no run to compare")]

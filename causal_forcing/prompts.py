@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -17,6 +16,9 @@ MAX_PROMPTS = 8
 
 MAX_PROMPT_CHARACTERS = 4096
 """Longest accepted prompt."""
+
+MAX_WEIGHT = 1e6
+"""Largest accepted weight."""
 
 MAX_TRANSITION_CHUNKS = 256
 """Longest accepted transition."""
@@ -51,7 +53,7 @@ class WeightedPrompt:
 
     Attributes:
         text: What to show; 1 to 4096 characters, not blank.
-        weight: Its share, finite and at least 0; weights are normalised to sum to 1.
+        weight: Its share, a number from 0 to 1,000,000; weights are normalised to sum to 1.
     """
 
     text: str
@@ -67,9 +69,10 @@ class WeightedPrompt:
                 f"must be at most {MAX_PROMPT_CHARACTERS} characters",
                 reason="INVALID_PROMPT",
             )
-        if not math.isfinite(self.weight) or self.weight < 0:
+        is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not is_number or not 0 <= self.weight <= MAX_WEIGHT:
             raise InvalidRequest(
-                "prompts.weight", self.weight, "must be finite and at least 0", reason="INVALID_PROMPT"
+                "prompts.weight", self.weight, f"must be a number from 0 to {MAX_WEIGHT:,.0f}", reason="INVALID_PROMPT"
             )
 
 
