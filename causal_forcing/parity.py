@@ -33,6 +33,9 @@ TRANSFORMER_TOLERANCE = 2e-5
 SCHEDULER_TOLERANCE = 1e-5
 ENCODER_TOLERANCE = 1e-4
 
+_NOT_EXECUTED = (CausalForcingError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError)
+"""What a damaged or foreign golden file can make a run trip over."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -114,7 +117,7 @@ def run_parity(folder: Path) -> list[Check]:
     for path in paths:
         try:
             found = list(_compare(Golden.read(path), weights_path))
-        except (CausalForcingError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
+        except _NOT_EXECUTED as error:
             found = [Check(path.stem, "run", float("inf"), 0.0, f"not executed: {type(error).__name__}: {error}")]
         checks += found
     return checks or [Check(str(folder), "folder", float("inf"), 0.0, "weights, but no run to compare")]
