@@ -129,6 +129,16 @@ def test_the_readme_has_the_numbers_of_the_result_files() -> None:
     assert done.returncode == 0, "run `make readme-numbers`"
 
 
+def test_the_generated_protos_are_current(tmp_path: Path) -> None:
+    includes = ["--proto_path=.", "--proto_path=protos/third_party"]
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "protos/causal_forcing").rglob("*.proto"))]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *includes, *outputs, *sources], cwd=ROOT, check=True)
+    fresh = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*_pb2*.py*")}
+    assert len(fresh) == 3 * len(sources)
+    assert {name: (ROOT / name).read_text() for name in fresh} == fresh, "run `make protos`"
+
+
 def test_the_changelog_has_a_section_for_what_is_not_released() -> None:
     assert re.search(r"^## Unreleased\n\n### \w+\n\n- ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
