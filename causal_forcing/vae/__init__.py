@@ -5,6 +5,7 @@ in :mod:`causal_forcing.tiny_vae`. Both satisfy :class:`Vae`.
 """
 
 from causal_forcing.vae.state import DecoderState, EncoderState, Vae
+from causal_forcing.vae.streaming import StreamingVae
 from causal_forcing.vae.wan import WanVae
 
-__all__ = ["DecoderState", "EncoderState", "Vae", "WanVae"]
+__all__ = ["DecoderState", "EncoderState", "StreamingVae", "Vae", "WanVae"]

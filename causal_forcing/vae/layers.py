@@ -11,7 +11,7 @@ Source of the architecture: Wan2.1 ``wan/modules/vae.py``.
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from causal_forcing.vae.state import StreamState
 
 _NORM_EPS = 1e-12
+
+_GROUP_BYTES = 4 << 20
+"""Frames of a layer are computed together up to this size, and one by one above it, where grouping gains no speed
+(measured) and costs memory. Results cannot come to depend on how a stream is split: only the frame size decides."""
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
@@ -67,40 +71,43 @@ class Convolution(nn.Module):
         in_channels: Channels of one frame.
         out_channels: Channels of the result.
         kernel: ``(time, height, width)`` of a checkpoint's 3-D weight, or ``(height, width)`` of a 2-D one.
+        stride: Pixels from one result to the next, both ways.
+        padding: Rows and columns of zeros around an image; default half the kernel.
+        bias: Whether there is one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...]) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, ...],
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.padding = (kernel[-2] // 2, kernel[-1] // 2)
+        self.pixel_stride = stride
+        self.padding = kernel[-1] // 2 if padding is None else padding
         weight = torch.empty(out_channels, in_channels, *kernel)
         bound = 1 / math.sqrt(in_channels * math.prod(kernel))
         self.weight = nn.Parameter(_channels_innermost(weight.uniform_(-bound, bound)))
-        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.weight.data = _channels_innermost(self.weight.data)
 
-    def apply_2d(self, x: Tensor, *, stride: int = 1, padding: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Convolve images ``[T, H, W, taps * C]``, the earliest frame's channels first, to ``[T, H', W', C']``."""
         weight: Tensor = self.weight
         if weight.dim() == 5:  # [O, C, t, y, x] -> [O, t * C, y, x], a view in our memory order
             weight = weight.transpose(1, 2).flatten(1, 2)
-        if self.padding == (0, 0):
+        if weight.shape[2:] == (1, 1):
             return F.linear(x, weight.flatten(1), self.bias)
-        return convolve(x, weight, self.bias, stride, self.padding if padding is None else padding)
-
-
-class PixelLinear(Convolution):
-    """A convolution with a kernel of one pixel and one frame: a linear map of channels."""
-
-    def __init__(self, in_channels: int, out_channels: int, dims: int = 3) -> None:
-        super().__init__(in_channels, out_channels, (1,) * dims)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., C]`` to ``[..., C']``."""
-        return self.apply_2d(x)
+        return convolve(x, weight, self.bias, stride=self.pixel_stride, padding=self.padding)
 
 
 class DoublingConv(Convolution):
@@ -110,14 +117,15 @@ class DoublingConv(Convolution):
     parity of row and column, give the same result with 4/9 of the arithmetic and without the enlarged image.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, (3, 3))
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, (3, 3), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[T, H, W, C]`` to ``[T, 2 H, 2 W, C']``."""
         frames, height, width, _ = x.shape
         outputs = self.weight.shape[0]
-        parities = convolve(x, self._parity_weights(), self.bias.repeat(4), 1, (1, 1))
+        bias = None if self.bias is None else self.bias.repeat(4)
+        parities = convolve(x, self._parity_weights(), bias, stride=1, padding=1)
         parities = parities.view(frames, height + 1, width + 1, 2, 2, outputs)
         result = x.new_empty(frames, height, 2, width, 2, outputs)
         for row in (0, 1):
@@ -135,67 +143,82 @@ class DoublingConv(Convolution):
         return _channels_innermost(both.flatten(0, 2).to(self.weight.dtype))
 
 
-class CausalConv(Convolution):
-    """A convolution over a frame and those before it, which the stream's state remembers.
+class TemporalLayer:
+    """Mixed into a layer that sees earlier frames, which the stream's state remembers for it.
+
+    Attributes:
+        slot: Key of this layer's buffer in a stream's state: its own name in the model, which sets it.
+        remembered: Frames in that buffer.
+        channels: Channels of those frames.
+        scale: Their rows, or columns, per latent row or column.
+    """
+
+    slot: str = ""
+    remembered: int
+    channels: int
+    scale: int
+
+    def past(self, state: StreamState) -> Tensor:
+        """Return the remembered frames, ``[remembered, H, W, C]``."""
+        return state.buffers[self.slot]
+
+    def remember(self, x: Tensor, state: StreamState) -> None:
+        """Make the last frames of the stream, now including ``x`` ``[T, H, W, C]``, the remembered ones."""
+        past = self.past(state)
+        kept = self.remembered - x.shape[0]
+        if kept > 0:
+            past[:kept].copy_(past[-kept:])  # at most one frame, so the two do not overlap
+        past[max(kept, 0) :].copy_(x[-self.remembered :])
+
+
+class CausalConv(Convolution, TemporalLayer):
+    """A convolution over three frames: the current one and the two before it.
 
     Args:
         in_channels: Channels of one frame.
         out_channels: Channels of the result.
-        kernel: ``(time, height, width)``.
-        scale: Pixels of this layer per latent pixel.
-        stride: Frames from one result to the next.
-
-    Attributes:
-        slot: Key of this layer's buffer in a stream's state; the layer's own name, set by the model.
-        remembered: Frames in that buffer.
+        kernel: ``(height, width)``.
+        scale: Rows of this layer's frames per latent row.
+        stride: Frames from one result to the next, 1 or 2.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], scale: float, stride: int = 1
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel)
-        self.taps = kernel[0]
-        self.scale = scale
-        self.stride = stride
-        self.remembered = self.taps - stride
-        self.slot = ""
+    TAPS: ClassVar[int] = 3
 
-    def forward(self, x: Tensor, state: StreamState) -> Tensor:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int], scale: int, *, stride: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels, (self.TAPS, *kernel))
+        self.stride = stride
+        self.remembered, self.channels, self.scale = self.TAPS - stride, in_channels, scale
+
+    def stream(self, x: Tensor, state: StreamState) -> Tensor:
         """Convolve ``[T, H, W, C]`` to ``[T / stride, H, W, C']`` and remember its last frames."""
-        past = state.buffers[self.slot]
-        result = self.apply_2d(_windows(past, x, self.taps, self.stride))
+        result: Tensor = self(_windows(self.past(state), x, self.TAPS, self.stride))
         self.remember(x, state)
         return result
-
-    def remember(self, x: Tensor, state: StreamState) -> None:
-        """Make the last frames of the stream, now including ``x``, those that the state holds for this layer."""
-        past = state.buffers[self.slot]
-        kept = self.remembered - x.shape[0]
-        if kept > 0:
-            past[:kept].copy_(past[-kept:])
-        past[max(kept, 0) :].copy_(x[-self.remembered :])
 
 
 class ResidualBlock(nn.Module):
     """norm, SiLU, convolution, twice; plus the input, mapped if the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, scale: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
         self.residual = nn.ModuleDict(
             {
                 "0": RmsNormSilu(in_channels),
-                "2": CausalConv(in_channels, out_channels, (3, 3, 3), scale),
+                "2": CausalConv(in_channels, out_channels, (3, 3), scale),
                 "3": RmsNormSilu(out_channels),
-                "6": CausalConv(out_channels, out_channels, (3, 3, 3), scale),
+                "6": CausalConv(out_channels, out_channels, (3, 3), scale),
             }
         )
-        self.shortcut = PixelLinear(in_channels, out_channels) if in_channels != out_channels else None
+        widens = in_channels != out_channels
+        self.shortcut = Convolution(in_channels, out_channels, (1, 1, 1)) if widens else None
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         """Map ``[T, H, W, C]`` to ``[T, H, W, C']``."""
-        layers = self.residual
-        hidden: Tensor = layers["2"](layers["0"](x), state)
-        hidden = layers["6"](layers["3"](hidden), state)
+        normalise, first, renormalise, second = self.residual.values()
+        hidden = cast(CausalConv, first).stream(normalise(x), state)
+        hidden = cast(CausalConv, second).stream(renormalise(hidden), state)
         return hidden.add_(x if self.shortcut is None else self.shortcut(x))
 
 
@@ -205,8 +228,8 @@ class FrameAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = RmsNorm(channels, dims=2)
-        self.to_qkv = PixelLinear(channels, 3 * channels, dims=2)
-        self.proj = PixelLinear(channels, channels, dims=2)
+        self.to_qkv = Convolution(channels, 3 * channels, (1, 1))
+        self.proj = Convolution(channels, channels, (1, 1))
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         """Map ``[T, H, W, C]`` to the same shape; frames do not see each other, so the state is not used."""
@@ -225,15 +248,15 @@ class Upsample(nn.Module):
     frame is one pixel frame at first, and four later.
     """
 
-    def __init__(self, channels: int, scale: float, *, temporal: bool) -> None:
+    def __init__(self, channels: int, scale: int, *, temporal: bool) -> None:
         super().__init__()
-        self.time_conv = CausalConv(channels, 2 * channels, (3, 1, 1), scale) if temporal else None
+        self.time_conv = CausalConv(channels, 2 * channels, (1, 1), scale) if temporal else None
         self.resample = nn.ModuleDict({"1": DoublingConv(channels, channels // 2)})
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         """Map ``[T, H, W, C]`` to ``[T or 2 T, 2 H, 2 W, C / 2]``."""
         if self.time_conv is not None and state.frames > 0:
-            pairs = self.time_conv(x, state)  # the earlier frame's channels first
+            pairs = self.time_conv.stream(x, state)  # the earlier frame's channels first
             x = torch.stack(pairs.chunk(2, dim=-1), dim=1).flatten(0, 1)
         result: Tensor = self.resample["1"](x)
         return result
@@ -242,35 +265,44 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width; with ``temporal``, also halves the frames, all but the first of a scene."""
 
-    def __init__(self, channels: int, scale: float, *, temporal: bool) -> None:
+    def __init__(self, channels: int, scale: int, *, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": Convolution(channels, channels, (3, 3))})
-        self.time_conv = CausalConv(channels, channels, (3, 1, 1), scale / 2, stride=2) if temporal else None
+        self.resample = nn.ModuleDict({"1": Convolution(channels, channels, (3, 3), stride=2, padding=0)})
+        self.time_conv = CausalConv(channels, channels, (1, 1), scale // 2, stride=2) if temporal else None
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         """Map ``[T, H, W, C]`` to ``[T or T / 2, H / 2, W / 2, C]``."""
-        convolution = cast(Convolution, self.resample["1"])
-        x = convolution.apply_2d(F.pad(x, (0, 0, 0, 1, 0, 1)), stride=2, padding=(0, 0))
+        x = self.resample["1"](F.pad(x, (0, 0, 0, 1, 0, 1)))
         if self.time_conv is None:
             return x
         if state.frames == 0:
             self.time_conv.remember(x, state)
             return x
-        result: Tensor = self.time_conv(x, state)
-        return result
+        return self.time_conv.stream(x, state)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int) -> Tensor:
     """Convolve images ``[T, H, W, C]`` to ``[T, H', W', C']``.
 
     Args:
         x: Contiguous.
         weight: ``[C', C, y, x]``; fastest with channels innermost in memory.
-        bias: ``[C']``.
+        bias: ``[C']`` or None.
         stride: Pixels from one result to the next, both ways.
-        padding: Zero rows above and below, zero columns left and right.
+        padding: Rows and columns of zeros around an image.
     """
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding).permute(0, 2, 3, 1).contiguous()
+
+
+def groups(x: Tensor, channels: int | None = None) -> tuple[Tensor, ...]:
+    """Return ``[T, H, W, C]`` whole if it is small, else its frames, each ``[1, H, W, C]``.
+
+    Args:
+        x: The frames.
+        channels: Judge the size as if there were that many channels.
+    """
+    size = x.nbytes if channels is None else x.nbytes // x.shape[-1] * channels
+    return (x,) if size <= _GROUP_BYTES else torch.split(x, 1)
 
 
 def _channels_innermost(weight: Tensor) -> Tensor:

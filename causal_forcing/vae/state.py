@@ -41,13 +41,14 @@ class StreamState:
     def reset(self) -> None:
         """Forget everything: the next frame is the first of a scene. Also clears a failure."""
         for buffer in self.buffers.values():
-            buffer.detach_().zero_()
+            buffer.zero_()
         self.frames = 0
         self.failed = False
 
     def clone(self) -> Self:
         """Return an independent copy, equal bit for bit."""
-        copy = type(self)(self.geometry, {name: buffer.detach().clone() for name, buffer in self.buffers.items()})
+        with torch.inference_mode(False):
+            copy = type(self)(self.geometry, {name: buffer.clone() for name, buffer in self.buffers.items()})
         copy.frames, copy.failed = self.frames, self.failed
         return copy
 
@@ -83,7 +84,7 @@ class StreamState:
                     reason="STATE_MISMATCH",
                 )
         for name, buffer in self.buffers.items():
-            buffer.detach_().copy_(tensors[name])
+            buffer.copy_(tensors[name])
         self.frames = int(tensors[_FRAMES])
         self.failed = False
 
