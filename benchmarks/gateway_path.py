@@ -3,9 +3,10 @@
     python benchmarks/gateway_path.py
 
 Prototype deployments with the real gRPC proxy, separate processes and a mailbox actor; nobody computes. A chunk is
-0.2 MB of latents and 4 JPEGs of 60 kB; every chunk is acked by the client, and the ack goes on to the generator. Two loads:
-`paced` (a chunk every 101 ms a session: added latency, from the generator's yield to the last frame at the client) and
-`full` (as fast as two chunks of credit allow: CPU time a chunk, process by process).
+0.2 MB of latents and 4 JPEGs of 60 kB; every chunk is acked by the client, and the ack goes on to the generator.
+Loads: `single` and `paced` (1 and 4 sessions, a chunk every 101 ms each: added latency, from the generator's yield to
+the last frame at the client) and `full` (as fast as two chunks of credit allow: CPU time a chunk, process by
+process).
 """
 
 from __future__ import annotations
@@ -211,6 +212,7 @@ def measure(generator_decodes: bool, port: int, chunks: int) -> dict[str, Any]:
     for name in ("Encoder", "Generator", "Decoder"):
         pids[name.lower()] = serve.get_deployment_handle(name, "path").pid.remote().result()
     result = {
+        "single": asyncio.run(load(port, pids, 1, chunks, 101)),
         "paced": asyncio.run(load(port, pids, 4, chunks, 101)),
         "full": asyncio.run(load(port, pids, 8, chunks, 0)),
     }

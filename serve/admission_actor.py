@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -165,7 +165,7 @@ class AdmissionDesk:
         self._epoch, self._version = "", -1
         self._loop: asyncio.Task[None] | None = None
 
-    async def places(self, session_id: str) -> AsyncIterator[Place]:
+    async def places(self, session_id: str) -> AsyncGenerator[Place]:
         """Join the queue and yield where the session stands: at once, on every change, and every few seconds.
 
         A place with a ``replica_id`` is a grant; the caller then calls :meth:`confirm`, or :meth:`refuse` and goes on

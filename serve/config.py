@@ -35,7 +35,7 @@ class Limits(Section):
         stall_timeout_s: A client that leaves its session without credit for this long is ended.
         default_credit_chunks: Chunks a session may be ahead of its client, unless the client says otherwise.
         max_credit_chunks: Most that a client may ask for; bounds a session's memory in gateway and proxy.
-        max_pending_prompts: Prompts of a session that may be on their way to the generator.
+        max_pending_prompts: Prompts of a session that may wait for their first chunk.
         max_queued_sessions: Sessions that may wait for a generator.
     """
 
@@ -45,7 +45,7 @@ class Limits(Section):
     stall_timeout_s: PositiveFloat = 60
     default_credit_chunks: Annotated[int, Field(ge=1, le=64)] = 2
     max_credit_chunks: Annotated[int, Field(ge=1, le=64)] = 8
-    max_pending_prompts: Annotated[int, Field(ge=1, le=1024)] = 8
+    max_pending_prompts: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued_sessions: Annotated[int, Field(ge=0, le=100_000)] = 64
 
     @model_validator(mode="after")

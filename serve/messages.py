@@ -202,8 +202,8 @@ class GeneratedChunk:
     starts_scene: bool
     prompt_id: str
     prompt_applied: bool
-    superseded: tuple[str, ...]
-    denoise_s: float
+    superseded: tuple[str, ...] = ()
+    denoise_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,10 @@ class Conversation:
             return self._ack(message.ack)
         return message.ping if kind == "ping" else message.end
 
-    def require_config(self) -> None:
-        """Check that the config came before the stream ended.
-
-        Raises:
-            SessionStateError: If it did not.
-        """
-        if not self._configured:
-            raise SessionStateError("the stream ended before its config", reason="CONFIG_NOT_FIRST")
+    @staticmethod
+    def without_config() -> SessionStateError:
+        """Return what a stream that ended before its config is told."""
+        return SessionStateError("the stream ended before its config", reason="CONFIG_NOT_FIRST")
 
     def _config(self, message: pb.SessionConfig) -> SessionRequest:
         if self._configured:

@@ -1,0 +1,99 @@
+"""Builds the Ray Serve application from its configuration.
+
+`serve.app:app` is the import path for `serve run` and KubeRay; its arguments are the configuration's fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from causal_forcing.version import __version__
+
+from .config import ServiceConfig, WorkerConfig
+from .gateway import Gateway
+from .generator import Generator
+from .router import PreferredReplicaRouter
+from .text_encoder import TextEncoder
+from .vae_decoder import VaeDecoder
+
+APP_NAME = "causal-forcing"
+"""Name of the Serve application."""
+
+SERVICER = "protos.causal_forcing.v1.video_pb2_grpc.add_VideoServiceServicer_to_server"
+"""What Serve's gRPC proxy must be started with."""
+
+DRAIN_MARGIN_S = 60.0
+"""A replica that is being replaced waits this much longer than the longest session."""
+
+SPARE_CALLS = 50
+"""Calls that a gateway takes beyond its sessions, to refuse them itself and at once."""
+
+HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 60}
+"""A health check waits for a step that holds the interpreter; a dead process is found at once in any case."""
+
+
+def build(config: ServiceConfig) -> Application:
+    """Return the application: gateway, text encoder, generator, VAE decoder."""
+    admission = admission_name(config)
+    drain_s = config.limits.max_session_s + DRAIN_MARGIN_S
+    common: dict[str, Any] = {**HEALTH, "graceful_shutdown_timeout_s": drain_s}
+    text_encoder = serve.deployment(
+        name="TextEncoder", max_ongoing_requests=512, **_placement(config.text_encoder), **common
+    )(TextEncoder)
+    generator = serve.deployment(
+        name="Generator",
+        max_ongoing_requests=1,
+        request_router_config=_router(patience_s=2.0),
+        **_placement(config.generator),
+        **common,
+    )(Generator)
+    decoder = serve.deployment(
+        name="VaeDecoder",
+        max_ongoing_requests=512,
+        request_router_config=_router(patience_s=10.0),
+        **_placement(config.vae_decoder),
+        **common,
+    )(VaeDecoder)
+    gateway = serve.deployment(
+        name="Gateway",
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=config.gateway.max_sessions + SPARE_CALLS,
+        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        **common,
+    )(Gateway)
+    bound: Application = gateway.bind(
+        config,
+        admission,
+        text_encoder.bind(config),
+        generator.bind(config, admission),
+        decoder.bind(config),
+    )
+    return bound
+
+
+def app(arguments: dict[str, Any]) -> Application:
+    """Return the application for a mapping of configuration fields; refuses unknown ones."""
+    return build(ServiceConfig.model_validate(arguments))
+
+
+def admission_name(config: ServiceConfig) -> str:
+    """Return the name of the admission actor: the same for all replicas of one version of the application."""
+    version = hashlib.sha256(f"{__version__} {config.model_dump_json()}".encode()).hexdigest()[:12]
+    return f"admission-{version}"
+
+
+def _router(patience_s: float) -> RequestRouterConfig:
+    router: Any = PreferredReplicaRouter  # annotated as a mapping, which it is not
+    return RequestRouterConfig(request_router_class=router, request_router_kwargs={"patience_s": patience_s})
+
+
+def _placement(worker: WorkerConfig) -> dict[str, Any]:
+    options: dict[str, float] = {"num_cpus": worker.num_cpus}
+    if worker.num_gpus:
+        options["num_gpus"] = worker.num_gpus
+    return {"num_replicas": worker.replicas, "ray_actor_options": options}

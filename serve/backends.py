@@ -1,0 +1,216 @@
+"""The other processes as a gateway sees them: a protocol, and Ray behind it.
+
+Everything Ray can do to a call ends here: a dead replica becomes :class:`~serve.errors.Unavailable`, and calls that may
+be repeated are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+
+from .admission_actor import AdmissionDesk
+from .errors import Unavailable
+from .messages import (
+    CloseDecoder,
+    Control,
+    Decoded,
+    DecodeRequest,
+    LeaseEvent,
+    LeaseRequest,
+    PackedEmbedding,
+    Place,
+)
+from .status import FailedElsewhere, Failure
+
+ATTEMPTS = 4
+"""How often a call that may be repeated is made before the session ends."""
+
+RETRY_S = 0.25
+"""Pause before the second attempt; it doubles."""
+
+GOODBYE_S = 2.0
+"""How long a call that only tidies up may take."""
+
+T = TypeVar("T")
+
+
+class Backends(Protocol):
+    """What a session needs of the rest of the service."""
+
+    @property
+    def mailbox(self) -> Any:  # noqa: ANN401  (ray's handles are untyped)
+        """What goes into a :class:`LeaseRequest`."""
+        ...
+
+    def places(self, session_id: str) -> AsyncGenerator[Place]:
+        """Join the queue and yield where the session stands."""
+        ...
+
+    async def confirm(self, session_id: str, replica_id: str) -> None:
+        """Say that the lease began."""
+        ...
+
+    async def refuse(self, session_id: str, replica_id: str, *, gone: bool) -> None:
+        """Give a grant back."""
+        ...
+
+    async def retire(self, replica_id: str) -> None:
+        """Say that a generator is dead."""
+        ...
+
+    async def leave(self, session_id: str) -> None:
+        """Say that the session is over."""
+        ...
+
+    def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
+        """Run a lease and yield what it yields.
+
+        Raises:
+            Unavailable: If the generator died.
+        """
+        ...
+
+    async def open_mailbox(self, session_id: str) -> None:
+        """Create the session's log."""
+        ...
+
+    async def put(self, session_id: str, message: Control) -> None:
+        """Append to the session's log."""
+        ...
+
+    async def close_mailbox(self, session_id: str) -> None:
+        """Forget the session's log."""
+        ...
+
+    async def encode(self, text: str) -> PackedEmbedding:
+        """Return a prompt's embedding.
+
+        Raises:
+            Unavailable: If no text encoder answers.
+        """
+        ...
+
+    async def decode(self, request: DecodeRequest) -> Decoded:
+        """Return a chunk's frames, or NEED_PRIME.
+
+        Raises:
+            Unavailable: If no decoder answers.
+        """
+        ...
+
+    async def close_decoder(self, request: CloseDecoder) -> None:
+        """Say that a session is over."""
+        ...
+
+
+class RayBackends:
+    """The service on Ray Serve."""
+
+    def __init__(
+        self,
+        *,
+        desk: AdmissionDesk,
+        mailbox: Any,  # noqa: ANN401  (ray's handles are untyped)
+        text_encoder: DeploymentHandle[Any],
+        generator: DeploymentHandle[Any],
+        decoder: DeploymentHandle[Any],
+    ) -> None:
+        self.mailbox = mailbox
+        self._desk = desk
+        self._text_encoder = text_encoder
+        self._generator = generator.options(stream=True)
+        self._decoder = decoder
+
+    def places(self, session_id: str) -> AsyncGenerator[Place]:
+        """Join the queue (see :meth:`AdmissionDesk.places`)."""
+        return self._desk.places(session_id)
+
+    async def confirm(self, session_id: str, replica_id: str) -> None:
+        """Say that the lease began."""
+        await self._desk.confirm(session_id, replica_id)
+
+    async def refuse(self, session_id: str, replica_id: str, *, gone: bool) -> None:
+        """Give a grant back."""
+        await self._desk.refuse(session_id, replica_id, gone=gone)
+
+    async def retire(self, replica_id: str) -> None:
+        """Say that a generator is dead."""
+        await self._desk.retire(replica_id)
+
+    async def leave(self, session_id: str) -> None:
+        """Say that the session is over."""
+        await self._desk.leave(session_id)
+
+    async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
+        """Run a lease; closing the iteration cancels it."""
+        response: Any = self._generator.lease.remote(request)
+        try:
+            async for event in response:
+                yield event
+        except RayActorError as error:
+            raise Unavailable("the generator of this session died", reason="GENERATOR_LOST") from error
+        finally:
+            response.cancel()
+
+    async def open_mailbox(self, session_id: str) -> None:
+        """Create the session's log."""
+        await self._mail(lambda: self.mailbox.open.remote(session_id))
+
+    async def put(self, session_id: str, message: Control) -> None:
+        """Append to the session's log."""
+        await self._mail(lambda: self.mailbox.put.remote(session_id, message))
+
+    async def close_mailbox(self, session_id: str) -> None:
+        """Forget the session's log."""
+        with contextlib.suppress(RayActorError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self.mailbox.close.remote(session_id)
+
+    async def encode(self, text: str) -> PackedEmbedding:
+        """Return a prompt's embedding."""
+        answer: PackedEmbedding | Failure = await _insist(
+            lambda _: self._text_encoder.encode.remote(text), "the text encoder", "TEXT_ENCODER_LOST"
+        )
+        if isinstance(answer, Failure):
+            raise FailedElsewhere(answer)
+        return answer
+
+    async def decode(self, request: DecodeRequest) -> Decoded:
+        """Return a chunk's frames, or NEED_PRIME; after a death, from any decoder."""
+
+        def call(attempt: int) -> Awaitable[Decoded]:
+            wanted = replace(request, replica_id="") if attempt else request
+            return self._decoder.decode.remote(wanted)
+
+        return await _insist(call, "the decoder", "DECODER_LOST")
+
+    async def close_decoder(self, request: CloseDecoder) -> None:
+        """Say that a session is over; a decoder that does not hear it forgets the session by itself."""
+        with contextlib.suppress(RayActorError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._decoder.close.remote(request)
+
+    async def _mail(self, call: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await call()
+        except RayActorError as error:
+            raise Unavailable("the mailbox of this session died", reason="GATEWAY_LOST") from error
+
+
+async def _insist(call: Callable[[int], Awaitable[T]], what: str, reason: str) -> T:
+    """Return a call's answer; a replica that dies during it is not the end."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return await call(attempt)
+        except RayActorError as error:
+            if attempt == ATTEMPTS - 1:
+                raise Unavailable(f"{what} died {ATTEMPTS} times", reason=reason) from error
+            await asyncio.sleep(RETRY_S * 2**attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,266 @@
+"""What the deployments need of an engine, as protocols, and the real one behind them.
+
+A deployment never touches torch: it hands packed values to one of these on its worker thread. `engine: simulated`
+(:mod:`serve.simulated`) satisfies the same protocols without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from causal_forcing.config import SessionConfig
+from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
+
+from .config import ServiceConfig, WorkerConfig
+from .frames import Pixels
+from .messages import GeneratedChunk, PackedEmbedding, PackedTensor
+
+if TYPE_CHECKING:
+    from causal_forcing.engine import Engine
+    from causal_forcing.session import Session
+    from causal_forcing.text_encoder import TextEncoder
+    from causal_forcing.vae import DecoderState, Vae
+
+WARM_UP = PromptUpdate((WeightedPrompt("warm up"),), prompt_id="warm-up")
+"""What is generated before a replica says that it is ready."""
+
+
+class GeneratorSession(Protocol):
+    """One user's stream in the generator."""
+
+    def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
+        """Set what the next chunk shows."""
+        ...
+
+    def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
+        """Return the next chunk, committed; None if ``should_stop`` said so between two steps.
+
+        Raises:
+            DeviceFault: If the device failed; likewise ``OutOfMemory`` and ``NonFiniteOutput``.
+        """
+        ...
+
+
+class GeneratorEngine(Protocol):
+    """A generator's weights."""
+
+    def open(self, config: SessionConfig) -> GeneratorSession:
+        """Return a fresh session."""
+        ...
+
+    def warm_up(self) -> None:
+        """Do once what every first chunk would pay for."""
+        ...
+
+
+class DecoderStream(Protocol):
+    """One user's stream in the decoder."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds."""
+        ...
+
+    def reset(self) -> None:
+        """Begin a scene."""
+        ...
+
+    def decode(self, latents: PackedTensor) -> Sequence[Pixels]:
+        """Return the pixel frames of the next latent frames, ``[H, W, 3]`` uint8 each."""
+        ...
+
+
+class DecoderEngine(Protocol):
+    """A decoder's weights."""
+
+    @property
+    def min_frame_bytes(self) -> int:
+        """Encoded frames are padded to this size; 0 outside of simulations."""
+        ...
+
+    def open(self, height: int, width: int) -> DecoderStream:
+        """Return a fresh stream of that frame size."""
+        ...
+
+
+class TextEngine(Protocol):
+    """A text encoder's weights."""
+
+    def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
+        """Return one embedding per text; each depends on its text alone."""
+        ...
+
+
+def load_generator(config: ServiceConfig) -> GeneratorEngine:
+    """Return the configured generator, loaded and warm."""
+    engine: GeneratorEngine
+    if config.engine == "simulated":
+        from .simulated import SimulatedGenerator
+
+        engine = SimulatedGenerator(config)
+    else:
+        engine = ModelGenerator(config)
+    engine.warm_up()
+    return engine
+
+
+def load_decoder(config: ServiceConfig) -> DecoderEngine:
+    """Return the configured decoder, loaded and warm."""
+    engine: DecoderEngine
+    if config.engine == "simulated":
+        from .simulated import SimulatedDecoder
+
+        engine = SimulatedDecoder(config)
+    else:
+        engine = ModelDecoder(config)
+        engine.warm_up()
+    return engine
+
+
+def load_text(config: ServiceConfig) -> TextEngine:
+    """Return the configured text encoder, loaded and warm."""
+    engine: TextEngine
+    if config.engine == "simulated":
+        from .simulated import SimulatedText
+
+        engine = SimulatedText(config)
+    else:
+        engine = ModelText(config)
+    engine.encode([WARM_UP.prompts[0].text])
+    return engine
+
+
+class ModelGenerator:
+    """The causal transformer."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        from causal_forcing.engine import Engine
+
+        _use_threads(config.generator)
+        self._config = config
+        self._engine: Engine = Engine.load(
+            config.preset, device=config.device, vae=None, text_encoder=False, weights_dir=config.weights_dir
+        )
+
+    def open(self, config: SessionConfig) -> GeneratorSession:
+        """Return a fresh session."""
+        return ModelSession(self._engine.new_session(config))
+
+    def warm_up(self) -> None:
+        """Generate two chunks of the native size, a scene's first and a later one."""
+        height, width = self._config.allowed_sizes[0]
+        session = self.open(self._engine.session_config(height=height, width=width))
+        sizes = self._engine.preset.transformer
+        blank = PackedTensor(np.zeros((1, sizes.text_len, sizes.text_dim), np.float32), "float32")
+        session.update_prompt(WARM_UP, [PackedEmbedding("warm-up", blank)])
+        for _ in range(2):
+            session.generate(lambda: False)
+
+
+class ModelSession:
+    """An engine session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
+        """Set what the next chunk shows."""
+        engine = self._session.engine
+        unpacked = [PromptEmbedding(e.tensor.unpack().to(engine.device, engine.dtype), e.key) for e in embeddings]
+        self._session.update_prompt(update, unpacked)
+
+    def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
+        """Return the next chunk on the host, or None if stopped."""
+        from causal_forcing.sampler import Stopped
+
+        try:
+            chunk = self._session.generate_chunk(should_stop=should_stop)
+        except Stopped:
+            return None
+        chunk.require_finite()
+        return GeneratedChunk(
+            index=chunk.index,
+            latents=PackedTensor.pack(chunk.latents),
+            starts_scene=chunk.starts_scene,
+            prompt_id=chunk.prompt_id,
+            prompt_applied=chunk.prompt_applied,
+        )
+
+
+class ModelDecoder:
+    """A VAE."""
+
+    min_frame_bytes = 0
+
+    def __init__(self, config: ServiceConfig) -> None:
+        from causal_forcing.weights import load_vae
+
+        _use_threads(config.vae_decoder)
+        self._config = config
+        self._vae: Vae = load_vae(config.model_preset, config.vae, config.weights_dir, device=config.device)
+
+    def open(self, height: int, width: int) -> DecoderStream:
+        """Return a fresh stream of that frame size."""
+        from causal_forcing.geometry import Geometry
+
+        return ModelStream(self._vae, self._vae.new_decoder_state(Geometry(height, width)))
+
+    def warm_up(self) -> None:
+        """Decode two latent frames of the native size, a scene's first and a later one."""
+        from causal_forcing.geometry import Geometry
+
+        geometry = Geometry(*self._config.allowed_sizes[0])
+        stream = self.open(geometry.height, geometry.width)
+        for _ in range(2):
+            stream.decode(PackedTensor(np.zeros(geometry.latent_shape(1), np.float32), "float32"))
+
+
+class ModelStream:
+    """A decoder state with its VAE."""
+
+    def __init__(self, vae: Vae, state: DecoderState) -> None:
+        self._vae = vae
+        self._state = state
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state."""
+        return self._state.nbytes
+
+    def reset(self) -> None:
+        """Begin a scene."""
+        self._state.reset()
+
+    def decode(self, latents: PackedTensor) -> Sequence[Pixels]:
+        """Return the pixel frames of the next latent frames."""
+        import torch
+
+        from causal_forcing.media import to_frames
+
+        some = next(iter(self._state.buffers.values()))
+        with torch.inference_mode():
+            video = self._vae.decode(latents.unpack().to(some.device, some.dtype), self._state)
+            return list(to_frames(video.float()))
+
+
+class ModelText:
+    """A UMT5 encoder with its cache."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        from causal_forcing.weights import load_text_encoder
+
+        _use_threads(config.text_encoder)
+        self._encoder: TextEncoder = load_text_encoder(config.model_preset, config.weights_dir, device=config.device)
+
+    def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
+        """Return one embedding per text."""
+        return [PackedEmbedding(e.key, PackedTensor.pack(e.embeds)) for e in self._encoder.encode(texts)]
+
+
+def _use_threads(worker: WorkerConfig) -> None:
+    import torch
+
+    torch.set_num_threads(worker.threads)

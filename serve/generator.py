@@ -1,0 +1,226 @@
+"""The generator deployment: one long streaming call is one session's lease.
+
+The event loop reads the mailbox and yields chunks; the device works on one thread of its own, so a step that is under
+way when a session ends delays the next session's first step and nothing else. Control takes effect between steps (stop)
+or between chunks (prompts, credit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ray import serve
+from ray.exceptions import RayActorError
+
+from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory, SessionStateError
+
+from .admission_actor import Reporter, connect
+from .config import ServiceConfig
+from .engines import GeneratorEngine, GeneratorSession, load_generator
+from .errors import Unavailable
+from .messages import (
+    Control,
+    Credit,
+    EmbeddingWindow,
+    GeneratedChunk,
+    LeaseEnded,
+    LeaseEvent,
+    LeaseRequest,
+    LeaseStarted,
+    PackedEmbedding,
+    SetPrompt,
+    Stop,
+)
+from .status import failure_of
+
+POLL_S = 5.0
+"""How long one poll of the mailbox waits."""
+
+DEVICE_FAULTS = (DeviceFault, OutOfMemory, NonFiniteOutput)
+"""Errors after which a replica is not to be trusted with another session."""
+
+T = TypeVar("T")
+
+
+class Controls:
+    """What the mailbox has said and the generator has not done yet.
+
+    Attributes:
+        acked_chunk: Highest chunk the client is finished with.
+        stop: Set when the lease shall end; asked between two steps, from the device's thread.
+        error: Why nothing more can come, if so.
+    """
+
+    def __init__(self) -> None:
+        self.acked_chunk = -1
+        self.stop = threading.Event()
+        self.error: Exception | None = None
+        self._window = EmbeddingWindow()
+        self._prompt: tuple[SetPrompt, tuple[PackedEmbedding, ...]] | None = None
+        self._superseded: list[str] = []
+        self._news = asyncio.Event()
+
+    def apply(self, message: Control) -> None:
+        """Take in one message."""
+        match message:
+            case SetPrompt():
+                if self._prompt is not None:
+                    self._superseded.append(self._prompt[0].update.prompt_id)
+                self._prompt = (message, self._window.admit(message))
+            case Credit(acked_chunk):
+                self.acked_chunk = max(self.acked_chunk, acked_chunk)
+            case Stop():
+                self.stop.set()
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """Note that no message will come any more."""
+        self.error = error
+        self.stop.set()
+        self._news.set()
+
+    def take_prompt(self, session: GeneratorSession) -> tuple[str, ...]:
+        """Give the newest prompt, if there is one, to the session; return the ids of those it replaced."""
+        if self._prompt is None:
+            return ()
+        message, embeddings = self._prompt
+        superseded, self._prompt, self._superseded = tuple(self._superseded), None, []
+        session.update_prompt(message.update, embeddings)
+        return superseded
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether a prompt waits to be taken."""
+        return self._prompt is not None
+
+    async def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
+        """Return when ``ready()`` or the lease shall end.
+
+        Raises:
+            TimeoutError: If neither happens in time.
+        """
+        async with asyncio.timeout(timeout_s):
+            while not ready() and not self.stop.is_set():
+                self._news.clear()
+                await self._news.wait()
+
+
+class Lease:
+    """One session on this replica."""
+
+    def __init__(self, request: LeaseRequest, engine: GeneratorEngine, worker: ThreadPoolExecutor) -> None:
+        self._request = request
+        self._engine = engine
+        self._worker = worker
+        self._controls = Controls()
+        self._next_chunk = 0
+        self._reader: asyncio.Task[None] | None = None
+        self._job: asyncio.Future[Any] | None = None
+        self.error: Exception | None = None
+
+    async def events(self) -> AsyncGenerator[LeaseEvent]:
+        """Yield chunks as credit allows, then how it ended."""
+        self._reader = asyncio.create_task(self._read())
+        try:
+            session = await self._on_device(lambda: self._engine.open(self._request.config))
+            while (chunk := await self._generate(session)) is not None:
+                yield chunk
+        except Exception as error:  # noqa: BLE001  (the device loop: whatever happened, the gateway is told)
+            self.error = error
+            yield LeaseEnded(failure_of(error))
+            return
+        yield LeaseEnded()
+
+    async def close(self) -> None:
+        """Stop, and wait until the device is no longer at work for this session."""
+        self._controls.stop.set()
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._job is not None:
+            await asyncio.wait([self._job])
+
+    async def _generate(self, session: GeneratorSession) -> GeneratedChunk | None:
+        """Return the next chunk, or None when the lease shall end."""
+        controls = self._controls
+        try:
+            await controls.wait_until(self._may_generate, self._request.idle_timeout_s)
+        except TimeoutError:
+            raise Unavailable("the gateway has left the generator without work", reason="GATEWAY_LOST") from None
+        if controls.error is not None:
+            raise controls.error
+        if controls.stop.is_set():
+            return None
+        return await self._on_device(lambda: self._step(session))
+
+    def _may_generate(self) -> bool:
+        has_prompt = self._next_chunk > 0 or self._controls.has_prompt
+        return has_prompt and self._next_chunk <= self._controls.acked_chunk + self._request.credit_chunks
+
+    def _step(self, session: GeneratorSession) -> GeneratedChunk | None:
+        """Generate one chunk on the device's thread."""
+        superseded = self._controls.take_prompt(session)
+        start = time.perf_counter()
+        chunk = session.generate(self._controls.stop.is_set)
+        if chunk is None:
+            return None
+        self._next_chunk += 1
+        return replace(chunk, superseded=superseded, denoise_s=time.perf_counter() - start)
+
+    async def _on_device(self, work: Callable[[], T]) -> T:
+        """Run work on the device's thread; a cancelled caller leaves, the work goes on."""
+        job = asyncio.get_running_loop().run_in_executor(self._worker, work)
+        self._job = job
+        return await asyncio.shield(job)
+
+    async def _read(self) -> None:
+        """Apply messages from the mailbox until there can be no more."""
+        seq = 0
+        try:
+            while True:
+                entries = await self._request.mailbox.poll.remote(self._request.session_id, seq, POLL_S)
+                for seq, message in entries:  # noqa: B007  (the last one is acknowledged by the next poll)
+                    self._controls.apply(message)
+        except (RayActorError, SessionStateError):
+            self._controls.fail(Unavailable("the gateway of this session is gone", reason="GATEWAY_LOST"))
+
+
+class Generator:
+    """A Serve replica that holds the transformer and one session at a time."""
+
+    async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+        loop = asyncio.get_running_loop()
+        self._engine = await loop.run_in_executor(self._worker, load_generator, config)
+        self._fault: str | None = None
+        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
+        actor = connect(admission, config.limits.max_queued_sessions)
+        self._reporter = Reporter(actor, self._replica_id, capacity=1)
+        self._reporter.start()
+
+    async def lease(self, request: LeaseRequest) -> AsyncIterator[LeaseEvent]:
+        """Run one session: who serves it, its chunks, how it ended. The call is the lease."""
+        lease = Lease(request, self._engine, self._worker)
+        await self._reporter.add(request.session_id)
+        try:
+            yield LeaseStarted(self._replica_id)
+            async with contextlib.aclosing(lease.events()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            await lease.close()
+            if isinstance(lease.error, DEVICE_FAULTS):
+                self._fault = type(lease.error).__name__
+            else:
+                await self._reporter.remove(request.session_id)
+
+    async def check_health(self) -> None:
+        """Raise after a device fault, so that Serve replaces this replica."""
+        if self._fault is not None:
+            raise RuntimeError(f"the device is not to be trusted after {self._fault}")

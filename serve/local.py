@@ -1,0 +1,109 @@
+"""The whole service on this machine: a Ray cluster of its own, started and stopped with the calling process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from causal_forcing.errors import InvalidRequest
+
+from .config import ServiceConfig
+
+OBJECT_STORE_BYTES = 256 << 20
+"""Shared memory for what travels between processes: a few chunks a session."""
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What Ray's processes inherit, unless it is set already."""
+
+
+@dataclass(frozen=True)
+class LocalService:
+    """A running service.
+
+    Attributes:
+        address: ``host:port`` for gRPC clients.
+    """
+
+    address: str
+
+
+@contextmanager
+def local_service(config: ServiceConfig, *, verbose: bool = False) -> Iterator[LocalService]:
+    """Start the service on this machine and stop everything that was started, however the block ends.
+
+    Ray's ports are open to the network on every interface; with ``peers: loopback`` (the default) the gateway answers
+    callers on this machine only.
+
+    Args:
+        config: The service.
+        verbose: Whether the logs of all processes go to this one's output.
+
+    Raises:
+        InvalidRequest: If a port is taken.
+    """
+    for name in ("grpc_port", "http_port"):
+        require_free_port(name, getattr(config, name))
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
+    ray.init(
+        address="local",  # never a cluster that happens to be there
+        include_dashboard=False,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+    try:
+        deploy(config)
+        yield LocalService(f"127.0.0.1:{config.grpc_port}")
+    finally:
+        ray.shutdown()
+
+
+def deploy(config: ServiceConfig) -> None:
+    """Start Serve on the connected cluster and run the application; returns when it is ready."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from .app import APP_NAME, SERVICER, build
+
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=config.http_port),
+        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=[SERVICER]),
+    )
+    serve.run(build(config), name=APP_NAME, route_prefix="/")
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def require_free_port(name: str, port: int) -> None:
+    """Check that nobody listens on a port.
+
+    Raises:
+        InvalidRequest: If somebody does (field ``name``).
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))  # where Serve's gRPC proxy listens
+        except OSError as error:
+            raise InvalidRequest(name, port, "must be a free port; another program listens on it") from error

@@ -1,0 +1,137 @@
+"""An accelerator that only sleeps: the whole service around it is real, so its own cost can be measured.
+
+Latents carry the session's seed, the chunk and the prompt, and frames show them as colours, so that a test can tell
+whose frame it is looking at.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from causal_forcing.config import SessionConfig
+from causal_forcing.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from causal_forcing.prompts import PromptUpdate, SwitchPolicy
+
+from .config import ServiceConfig
+from .frames import Pixels
+from .messages import GeneratedChunk, PackedEmbedding, PackedTensor
+
+STEPS = 4
+"""Steps of a chunk; it can be stopped between two."""
+
+MARK_BITS = 15
+"""Bits of each number that the latents carry."""
+
+
+def mark(value: int) -> int:
+    """Return what is left of a number in the latents."""
+    return value % (1 << MARK_BITS)
+
+
+class SimulatedGenerator:
+    """Sleeps ``chunk_ms`` a chunk."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+
+    def open(self, config: SessionConfig) -> SimulatedSession:
+        """Return a fresh session."""
+        return SimulatedSession(config, self._config)
+
+    def warm_up(self) -> None:
+        """Return: there is nothing to warm."""
+
+
+class SimulatedSession:
+    """Counts chunks."""
+
+    def __init__(self, config: SessionConfig, service: ServiceConfig) -> None:
+        self._config = config
+        self._frames = service.model_preset.chunk_frames
+        self._step_s = service.simulation.chunk_ms / 1000 / STEPS
+        self._index = 0
+        self._starts_scene = True
+        self._pending: PromptUpdate | None = None
+        self._prompt: PromptUpdate | None = None
+        self._text_mark = 0
+
+    def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
+        """Set what the next chunk shows."""
+        self._pending = update
+        self._text_mark = mark(zlib.crc32("".join(e.key for e in embeddings).encode()))
+
+    def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
+        """Return the next chunk after its time, or None if stopped."""
+        for _ in range(STEPS):
+            if should_stop():
+                return None
+            time.sleep(self._step_s)
+        applied, self._pending = self._pending, None
+        if applied is not None:
+            self._prompt = applied
+            self._starts_scene |= applied.policy is SwitchPolicy.SCENE_CUT
+        assert self._prompt is not None
+        data = np.zeros(self._config.geometry.latent_shape(self._frames), np.int16)
+        data[0, 0, :, 0, 0] = mark(self._config.seed)
+        data[0, 1, :, 0, 0] = mark(self._index)
+        data[0, 2, :, 0, 0] = self._text_mark
+        latents = PackedTensor(data, "bfloat16")
+        chunk = GeneratedChunk(self._index, latents, self._starts_scene, self._prompt.prompt_id, applied is not None)
+        self._index, self._starts_scene = self._index + 1, False
+        return chunk
+
+
+class SimulatedDecoder:
+    """Sleeps ``decode_ms`` a chunk and draws."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._sleep_s = config.simulation.decode_ms / 1000 / config.model_preset.chunk_frames
+        self.min_frame_bytes = config.simulation.frame_bytes
+
+    def open(self, height: int, width: int) -> SimulatedStream:
+        """Return a fresh stream."""
+        return SimulatedStream(height, width, self._sleep_s)
+
+
+class SimulatedStream:
+    """Draws what the latents carry: red the seed, green the chunk, blue the prompt."""
+
+    nbytes = 1 << 20
+
+    def __init__(self, height: int, width: int, sleep_s: float) -> None:
+        self._shape = (height, width, 3)
+        self._sleep_s = sleep_s
+        self._decoded = 0
+
+    def reset(self) -> None:
+        """Begin a scene."""
+        self._decoded = 0
+
+    def decode(self, latents: PackedTensor) -> Sequence[Pixels]:
+        """Return one flat picture for a scene's first latent frame and four for every other."""
+        assert latents.data.shape[3] * SPATIAL_STRIDE == self._shape[0]
+        frames: list[Pixels] = []
+        for frame in range(latents.frames):
+            time.sleep(self._sleep_s)
+            colour = (latents.data[0, :3, frame, 0, 0] % 256).astype(np.uint8)
+            count = TEMPORAL_STRIDE if self._decoded else 1
+            frames += [np.broadcast_to(colour, self._shape).copy() for _ in range(count)]
+            self._decoded += 1
+        return frames
+
+
+class SimulatedText:
+    """Sleeps ``encode_ms`` a batch."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._sleep_s = config.simulation.encode_ms / 1000
+
+    def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
+        """Return an embedding of one number per text."""
+        time.sleep(self._sleep_s)
+        keys = [f"{zlib.crc32(text.encode()):08x}" for text in texts]
+        return [PackedEmbedding(key, PackedTensor(np.zeros((1, 1, 1), np.float32), "float32")) for key in keys]

@@ -1,0 +1,43 @@
+"""The text encoder deployment: prompts of all sessions, encoded together and cached by text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray import serve
+
+from causal_forcing.errors import CausalForcingError
+
+from .config import ServiceConfig
+from .engines import load_text
+from .messages import PackedEmbedding
+from .status import Failure, failure_of
+
+
+class TextEncoder:
+    """A Serve replica that holds the text encoder."""
+
+    async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+        loop = asyncio.get_running_loop()
+        self._engine = await loop.run_in_executor(self._worker, load_text, config)
+        batching: Any = self.encode  # Serve's decorator adds the setters
+        batching.set_max_batch_size(config.text_encoder.max_batch)
+        batching.set_batch_wait_timeout_s(config.text_encoder.batch_wait_s)
+
+    @serve.batch
+    async def encode(self, texts: list[str]) -> list[PackedEmbedding | Failure]:
+        """Return one embedding per text; Serve calls it with the texts of several callers."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, self._encode_all, texts)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[PackedEmbedding | Failure]:
+        """Encode a batch; a text that cannot be encoded fails alone."""
+        try:
+            return list(self._engine.encode(texts))
+        except CausalForcingError as error:
+            if len(texts) == 1:
+                return [failure_of(error)]
+            return [self._encode_all([text])[0] for text in texts]

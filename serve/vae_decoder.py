@@ -1,0 +1,164 @@
+"""The VAE decoder deployment: latents to encoded frames, for several sessions at a time.
+
+Each session's temporal cache is here or it is not; nothing depends on it. A call says which chunk it is: the chunk
+that the cache expects is decoded, the one before is answered again, and any other is answered with NEED_PRIME, upon
+which the gateway sends the latents before it and the cache is made anew, exactly. Caches not used for longest are
+given up first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from ray import serve
+
+from .config import ServiceConfig
+from .engines import DecoderEngine, DecoderStream, load_decoder
+from .frames import FrameFormat, Pixels
+from .messages import CloseDecoder, Decoded, DecodeRequest, PackedTensor
+
+IDLE_S = 300.0
+"""A cache that was not used for this long belongs to a session whose end was lost."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Entry:
+    """One session's temporal cache.
+
+    Attributes:
+        stream: The decoder's state.
+        next_chunk: The chunk it expects; None while it is being changed, or after that failed.
+        last: The answer to the chunk before.
+        used_s: When it was last used.
+        lock: Held by the call that uses it.
+    """
+
+    stream: DecoderStream
+    next_chunk: int | None = None
+    last: Decoded | None = None
+    used_s: float = 0.0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds."""
+        frames = self.last.frames if self.last is not None else None
+        return self.stream.nbytes + sum(len(frame) for frame in frames or ())
+
+
+class DecoderCache:
+    """The entries of many sessions within a limit of bytes."""
+
+    def __init__(self, engine: DecoderEngine, limit_bytes: int) -> None:
+        self._engine = engine
+        self._limit_bytes = limit_bytes
+        self._entries: dict[str, Entry] = {}
+
+    def entry(self, session_id: str, height: int, width: int, now_s: float) -> Entry:
+        """Return the session's entry, a fresh one if it has none, and give up others if that is too much."""
+        entry = self._entries.pop(session_id, None) or Entry(self._engine.open(height, width))
+        entry.used_s = now_s
+        self._entries[session_id] = entry  # the last one is the last used
+        self._evict(entry, now_s)
+        return entry
+
+    def drop(self, session_id: str) -> None:
+        """Forget a session."""
+        self._entries.pop(session_id, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all entries."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _evict(self, keep: Entry, now_s: float) -> None:
+        excess = self.nbytes - self._limit_bytes
+        for session_id, entry in list(self._entries.items()):
+            old = now_s - entry.used_s > IDLE_S
+            if entry is keep or entry.lock.locked() or not (excess > 0 or old):
+                continue
+            excess -= entry.nbytes
+            del self._entries[session_id]
+
+
+class VaeDecoder:
+    """A Serve replica that holds the VAE and the temporal caches of several sessions."""
+
+    async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        loop = asyncio.get_running_loop()
+        self._engine = await loop.run_in_executor(self._device, load_decoder, config)
+        self._cache = DecoderCache(self._engine, config.vae_decoder.cache_bytes)
+        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
+
+    async def decode(self, request: DecodeRequest) -> Decoded:
+        """Return a chunk's encoded frames, or NEED_PRIME."""
+        entry = self._cache.entry(request.session_id, request.height, request.width, time.monotonic())
+        async with entry.lock:
+            if entry.last is not None and entry.next_chunk == request.chunk_index + 1:
+                return entry.last
+            ready = request.starts_scene or entry.next_chunk == request.chunk_index
+            if not ready and request.history is None:
+                return Decoded(self._replica_id, None)
+            entry.next_chunk = None  # until this has succeeded; a call may be cancelled at every await
+            prime_s = 0.0
+            if request.starts_scene:
+                await _run(self._device, entry.stream.reset)
+            elif not ready and request.history is not None:
+                prime_s = await self._prime(entry.stream, request.history)
+            answer = await self._frames(entry.stream, request)
+            entry.last = replace(answer, prime_s=prime_s)
+            entry.next_chunk = request.chunk_index + 1
+            return entry.last
+
+    async def close(self, request: CloseDecoder) -> None:
+        """Forget a session."""
+        self._cache.drop(request.session_id)
+
+    async def cached_sessions(self) -> int:
+        """Return the number of temporal caches."""
+        return len(self._cache)
+
+    async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
+        """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""
+        start = time.perf_counter()
+        await _run(self._device, stream.reset)
+        for frame in range(history.frames):
+            latents = history.frame_slice(frame, frame + 1)
+            await _run(self._device, lambda latents=latents: stream.decode(latents))  # type: ignore[misc]
+        return time.perf_counter() - start
+
+    async def _frames(self, stream: DecoderStream, request: DecodeRequest) -> Decoded:
+        def decode() -> tuple[Sequence[Pixels], float]:
+            start = time.perf_counter()
+            return stream.decode(request.latents), time.perf_counter() - start
+
+        def encode() -> tuple[tuple[bytes, ...], float]:
+            start = time.perf_counter()
+            frames = encode_all(pixels, request.format, self._engine.min_frame_bytes)
+            return frames, time.perf_counter() - start
+
+        pixels, decode_s = await _run(self._device, decode)
+        frames, encode_s = await _run(self._encoder, encode)
+        return Decoded(self._replica_id, frames, decode_s, encode_s)
+
+
+def encode_all(pixels: Sequence[Pixels], frame_format: FrameFormat, min_bytes: int) -> tuple[bytes, ...]:
+    """Return each frame encoded, padded with zeros to at least ``min_bytes``."""
+    return tuple(frame_format.encode(frame).ljust(min_bytes, b"\0") for frame in pixels)
+
+
+async def _run(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """Run work on a thread; a cancelled caller leaves, the work goes on before whatever comes next."""
+    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(pool, work))
