@@ -229,8 +229,8 @@ class Session:
     def _cross_boundary(self) -> None:
         """Make the next chunk's prompt current and the cache ready for it.
 
-        Bookkeeping, which cannot fail, comes first and happens once per chunk; the device work after it is done again
-        by the next try if it breaks off.
+        Bookkeeping comes first and happens once per chunk; the device work after it is done again by the next try if it
+        breaks off.
         """
         state = self.state
         full = not state.cache.has_room(self.engine.preset.chunk_frames)

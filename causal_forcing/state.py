@@ -220,7 +220,9 @@ class SessionState:
         if not change.is_first or not self.position:
             return
         if change.policy is SwitchPolicy.FLUSH:
+            self.failed = "a flush broke off half-way"  # unlike all other work, moving rows cannot be done twice
             self.cache.flush(FLUSH_KEEP_FRAMES)
+            self.failed = None
         elif change.policy is SwitchPolicy.SCENE_CUT:
             self.cache.begin_scene()
             self.latents.clear()
