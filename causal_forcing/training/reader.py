@@ -1,8 +1,9 @@
 """Reads a clip of the world back from its pixels, without learned parts.
 
-Backgrounds are grey, so at every pixel ``max - min`` over the colour channels is proportional to how much of it an object
-covers, and the direction ``(p - min) / (max - min)`` is the object's hue whatever the background. From that follow area,
-centroid (on the torus), shape (overlap with drawn templates of the same area) and motion (the centroid over time).
+Backgrounds are grey, so at every pixel ``max - min`` over the colour channels is proportional to how much of it an
+object covers, and the direction ``(p - min) / (max - min)`` is the object's hue whatever the background. From that
+follow area, centroid (on the torus), shape (overlap with drawn templates of the same area) and motion (the centroid
+over time).
 Every question can be answered with :data:`NONE`, which counts as wrong.
 """
 
@@ -96,7 +97,7 @@ def read_clip(frames: NDArray[np.uint8]) -> ClipReading:
     Args:
         frames: ``[T, 64, 64, 3]`` uint8; the motion needs about 32 frames, one period.
     """
-    pixels = frames.astype(np.float32) / 255
+    pixels = (frames / 255).astype(np.float32)
     alphas = colour_layers(pixels)
     areas = alphas.sum((2, 3))
     present = [c for c in range(len(_NAMES)) if np.mean(areas[c] > MINIMUM_AREA) > 0.5]
@@ -172,7 +173,8 @@ def _template(shape: str, centre: FloatArray, area: float) -> FloatArray:
     radius = math.sqrt(area / _unit_area(shape))
     offset = _TRIANGLE_OFFSET * radius if shape == "triangle" else 0.0
     track = np.array([[centre[0], centre[1] - offset, 1.0]], dtype=np.float32)
-    return coverage(shape, track, radius)[0]
+    cover: FloatArray = coverage(shape, track, radius)[0]
+    return cover
 
 
 def _measure(shape: str) -> tuple[float, float]:

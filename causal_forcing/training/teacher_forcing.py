@@ -1,11 +1,12 @@
 """The transformer's forward pass for training: many frames, each at its own timestep, under a block-causal mask.
 
-One pass sees ``[clean frames | noisy frames of draw 1 | of draw 2 | ...]``. A clean frame attends to the clean frames up to
-itself; a noisy frame attends to the clean frames before it and to itself. All draws share the clean context, so a draw
-costs less than a clip. It computes with the modules of :class:`~causal_forcing.transformer.CausalTransformer`, and a test
-holds every output equal to the cached inference path.
+One pass sees ``[clean frames | noisy frames of draw 1 | of draw 2 | ...]``. A clean frame attends to the clean frames
+up to itself; a noisy frame attends to the clean frames before it and to itself. All draws share the clean context, so a
+draw costs less than a clip. It computes with the modules of :class:`~causal_forcing.transformer.CausalTransformer`, and
+a test holds every output equal to the cached inference path.
 
-Shapes: latents ``[B, 16, F, h, w]``, tokens ``[B, L, D]``, heads ``[B, H, L, D]``; ``S = (1 + draws) * F`` frames a pass.
+Shapes: latents ``[B, 16, F, h, w]``, tokens ``[B, L, D]``, heads ``[B, H, L, D]``; a pass has
+``S = (1 + draws) * F`` frames.
 
 Source: Causal Forcing (arXiv 2602.02214), section on teacher forcing; the mask is that of CausVid and Self-Forcing's
 ``_prepare_teacher_forcing_mask``.
@@ -81,6 +82,7 @@ def predict(
     noisy: Tensor,
     timesteps: Tensor,
     prompts: Prompts,
+    *,
     layout: Layout,
     rotary: RotaryEmbedding,
 ) -> Tensor:
@@ -108,7 +110,7 @@ def predict(
         model.text_embedding(prompts.embeds.flatten(1, 2)),
         _prompt_mask(prompts, 1 + layout.draws, tokens),
     )
-    x = model.embed_patches(latents).unflatten(1, (total, tokens))
+    x = model.embed_patches(latents).view(batch, total, tokens, -1)
     for block in model.layers:
         x = _block(block, x, memory)
     shift, scale = (model.head.modulation + embedded.view(batch, total, 1, -1)).unsqueeze(2).unbind(3)
@@ -149,13 +151,12 @@ def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + memory.projected).unbind(3)
-    grid = x.shape[1:3]
     y = _modulate(x, shift1, scale1, block.eps).flatten(1, 2)
     attention = block.self_attn
     q, k = (rotate(part, memory.rotation) for part in (attention.queries(y), attention.keys(y)))
-    x = torch.addcmul(x, _attend(attention, q, k, attention.values(y), memory.self_mask).unflatten(1, grid), gate1)
+    x = torch.addcmul(x, _attend(attention, q, k, attention.values(y), memory.self_mask).view_as(x), gate1)
     attention = block.cross_attn
     q = attention.queries(block.norm3(x).flatten(1, 2))
     k, v = attention.keys(memory.text), attention.values(memory.text)
-    x = x + _attend(attention, q, k, v, memory.text_mask).unflatten(1, grid)
+    x = x + _attend(attention, q, k, v, memory.text_mask).view_as(x)
     return torch.addcmul(x, block.ffn(_modulate(x, shift2, scale2, block.eps)), gate2)

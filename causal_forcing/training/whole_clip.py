@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ def encoder_layers(config: VaeConfig) -> list[Layer]:
     layers = [Layer("conv", "encoder.conv1", 3, widths[0])]
     index = 0
     last = len(config.dim_mult) - 1
-    for stage, (width, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for stage, (width, out) in enumerate(pairwise(widths)):
         for block in range(config.num_res_blocks):
             layers.append(Layer("residual", f"encoder.downsamples.{index}", width if block == 0 else out, out))
             index += 1
@@ -65,7 +66,7 @@ def decoder_layers(config: VaeConfig) -> list[Layer]:
     index = 0
     last = len(config.dim_mult) - 1
     temporal = tuple(reversed(config.temporal_downsample))
-    for stage, (width, out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for stage, (width, out) in enumerate(pairwise(widths)):
         entering = width if stage == 0 else width // 2
         for block in range(config.num_res_blocks + 1):
             layers.append(Layer("residual", f"decoder.upsamples.{index}", entering if block == 0 else out, out))
@@ -126,7 +127,7 @@ def initial_parameters(config: VaeConfig, seed: int) -> dict[str, Tensor]:
     for name, shape in parameter_shapes(config).items():
         if name.endswith("gamma"):
             value = torch.ones(shape)
-        elif name.endswith("bias") or ".residual.6." in name or name.endswith("proj.weight"):
+        elif name.endswith(("bias", "proj.weight")) or ".residual.6." in name:
             value = torch.zeros(shape)
         else:
             value = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
@@ -163,7 +164,7 @@ def encode(parameters: Parameters, config: VaeConfig, video: Tensor) -> tuple[Te
 
 
 def decode(parameters: Parameters, config: VaeConfig, z: Tensor) -> Tensor:
-    """Return whole clips ``[B, 3, 1 + 4k, H, W]`` (not clamped) from latents ``[B, 16, 1 + k, h, w]`` (not normalised)."""
+    """Return whole clips ``[B, 3, 1 + 4k, H, W]``, not clamped, of latents ``[B, 16, 1 + k, h, w]``, not normalised."""
     x = z.contiguous(memory_format=torch.channels_last_3d)
     for layer in decoder_layers(config):
         x = _apply(parameters, layer, x)

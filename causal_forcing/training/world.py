@@ -1,7 +1,7 @@
 """A small world that can be drawn: coloured shapes that move for ever over grey backgrounds on a torus.
 
-Everything is a pure function of its arguments, in numpy. Objects are saturated and backgrounds are grey, so that what is
-on the screen can be read back from pixels without a learned classifier (:mod:`causal_forcing.training.reader`).
+Everything is a pure function of its arguments, in numpy. Objects are saturated and backgrounds are grey, so that what
+is on the screen can be read back from pixels without a learned classifier (:mod:`causal_forcing.training.reader`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ CIRCLE_RADIUS = 12.0
 BOUNCE_HEIGHT = 20.0
 PULSE_DEPTH = 0.3
 
-FloatArray = NDArray[np.float32]
+FloatArray = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,22 @@ def path(motion: str, start: Placement, frames: int) -> FloatArray:
 def _distance(shape: str, dx: FloatArray, dy: FloatArray, radius: FloatArray) -> FloatArray:
     """Return the signed distance in pixels to a shape's outline, negative inside."""
     if shape == "circle":
-        return np.hypot(dx, dy) - radius
-    if shape == "ring":
-        return np.abs(np.hypot(dx, dy) - 0.74 * radius) - 0.26 * radius
-    if shape == "square":
-        return np.maximum(np.abs(dx), np.abs(dy)) - 0.88 * radius
-    if shape == "cross":
+        distance = np.hypot(dx, dy) - radius
+    elif shape == "ring":
+        distance = np.abs(np.hypot(dx, dy) - 0.74 * radius) - 0.26 * radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.88 * radius
+    elif shape == "cross":
         long, short = radius, 0.32 * radius
         upright = np.maximum(np.abs(dx) - short, np.abs(dy) - long)
-        return np.minimum(upright, np.maximum(np.abs(dx) - long, np.abs(dy) - short))
-    if shape == "triangle":
+        distance = np.minimum(upright, np.maximum(np.abs(dx) - long, np.abs(dy) - short))
+    elif shape == "triangle":
         slope = math.sqrt(3) / 2
         centred = dy - 0.17 * radius
-        return np.maximum(slope * np.abs(dx) - 0.5 * centred, centred) - 0.58 * radius
-    raise ValueError(f"unknown shape {shape!r}")
+        distance = np.maximum(slope * np.abs(dx) - 0.5 * centred, centred) - 0.58 * radius
+    else:
+        raise ValueError(f"unknown shape {shape!r}")
+    return np.asarray(distance)
 
 
 def coverage(shape: str, track: FloatArray, radius: float, side: int = SIDE) -> FloatArray:
@@ -177,7 +180,8 @@ def coverage(shape: str, track: FloatArray, radius: float, side: int = SIDE) -> 
     dx = (grid[None, None, :] - track[:, 0, None, None] + side / 2) % side - side / 2
     dy = (grid[None, :, None] - track[:, 1, None, None] + side / 2) % side - side / 2
     distance = _distance(shape, dx, dy, track[:, 2, None, None] * np.float32(radius))
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    cover: FloatArray = np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    return cover
 
 
 def background(name: str, side: int = SIDE) -> FloatArray:

@@ -67,7 +67,7 @@ def test_equals_the_cached_path(model, layout):
     levels = 1000 * torch.rand(2, 2 * FRAMES // layout.chunk, dtype=torch.float64)
     timesteps = levels.repeat_interleave(layout.chunk, 1)
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
-    got = predict(model, clean, noisy, timesteps, Prompts(embeds, prompt_of_frame), layout, rotary)
+    got = predict(model, clean, noisy, timesteps, Prompts(embeds, prompt_of_frame), layout=layout, rotary=rotary)
     for clip in range(2):
         for draw in range(2):
             own = slice(draw * FRAMES, (draw + 1) * FRAMES)
@@ -88,9 +88,9 @@ def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
     )
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
     timesteps = torch.full((1, FRAMES), 500.0, dtype=torch.float64)
-    before = predict(model, clean, noisy, timesteps, prompts, Layout(FRAMES, 1), rotary)
+    before = predict(model, clean, noisy, timesteps, prompts, layout=Layout(FRAMES, 1), rotary=rotary)
     clean[:, :, 3] += 1
-    after = predict(model, clean, noisy, timesteps, prompts, Layout(FRAMES, 1), rotary)
+    after = predict(model, clean, noisy, timesteps, prompts, layout=Layout(FRAMES, 1), rotary=rotary)
     assert torch.equal(before[:, :, :4], after[:, :, :4])
     assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
 

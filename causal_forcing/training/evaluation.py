@@ -1,0 +1,273 @@
+"""Whether a checkpoint of the world shows what it was told: instruction following, switches, drift.
+
+Everything runs through the production session; what is on the screen is read by :mod:`causal_forcing.training.reader`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from causal_forcing.config import SessionConfig
+from causal_forcing.engine import Engine
+from causal_forcing.errors import InvalidRequest
+from causal_forcing.media import to_frames
+from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
+from causal_forcing.session import Session
+from causal_forcing.training import captions, metrics, world
+from causal_forcing.training.reader import MINIMUM_AREA, NONE, ClipReading, colour_layers, read_clip
+
+ATTRIBUTES = ("colour", "shape", "size", "motion", "background")
+READ_FRAMES = 33
+"""Pixel frames that are read: one period and one more."""
+
+CLIP_LATENTS = 12
+SWITCH_AFTER = 6
+SWITCH_WATCH = 6
+EARLY_LATENT = 20
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and what it should show; attributes that it does not mention are not judged.
+
+    Attributes:
+        prompt: What to say.
+        expected: Attribute to word, some of :data:`ATTRIBUTES`.
+    """
+
+    prompt: str
+    expected: Mapping[str, str]
+
+
+@dataclass
+class Tally:
+    """How often each attribute was right.
+
+    Attributes:
+        right: By attribute.
+        asked: By attribute.
+    """
+
+    right: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+
+    def add(self, question: Question, reading: ClipReading) -> None:
+        """Judge one clip; a second object that nobody asked for spoils the first one's attributes."""
+        seen = describe(reading)
+        for attribute, word in question.expected.items():
+            self.asked[attribute] = self.asked.get(attribute, 0) + 1
+            self.right[attribute] = self.right.get(attribute, 0) + int(seen[attribute] == word)
+        self.asked["all"] = self.asked.get("all", 0) + 1
+        correct = all(seen[attribute] == word for attribute, word in question.expected.items())
+        self.right["all"] = self.right.get("all", 0) + int(correct)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return accuracy, its 95 % interval and the number of questions, by attribute."""
+        result = {}
+        for name, asked in self.asked.items():
+            low, high = metrics.wilson(self.right[name], asked)
+            result[name] = {"accuracy": self.right[name] / asked, "low": low, "high": high, "count": asked}
+        return result
+
+
+def describe(reading: ClipReading) -> dict[str, str]:
+    """Return the words of a clip with one object; all but the background are ``none`` if there is not exactly one."""
+    things = reading.things
+    alone = len(things) == 1 or (len(things) > 1 and things[1].area < 0.3 * things[0].area)
+    words = {name: getattr(things[0], name) if alone else NONE for name in ATTRIBUTES[:-1]}
+    return words | {"background": reading.background}
+
+
+def held_out_questions(count: int, seed: int = 7) -> list[Question]:
+    """Return questions about held-out combinations in varied wording; scenes repeat in new words after 400."""
+    rng = np.random.default_rng(seed)
+    scenes = list(captions.held_out_scenes())
+    questions = []
+    for index in range(count):
+        scene = scenes[index % len(scenes)]
+        prompt = captions.caption(scene, rng)
+        expected = expectation(scene)
+        if not any(word in prompt.lower() for word in captions.SIZE_WORDS[scene.things[0].size]):
+            expected.pop("size")
+        questions.append(Question(prompt, expected))
+    return questions
+
+
+def expectation(scene: world.Scene) -> dict[str, str]:
+    """Return what a scene of one object should be read as."""
+    thing = scene.things[0]
+    return {name: getattr(thing, name) for name in ATTRIBUTES[:-1]} | {"background": scene.background}
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Return the questions of a file: one JSON object a line, ``prompt`` and any of the attributes.
+
+    Raises:
+        InvalidRequest: If a line is not such an object (field ``prompts``).
+    """
+    allowed = f"each line must be a JSON object with prompt and any of {', '.join(ATTRIBUTES)}"
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            raise InvalidRequest("prompts", f"line {number}", allowed) from None
+        if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or set(data) - {"prompt", *ATTRIBUTES}:
+            raise InvalidRequest("prompts", f"line {number}", allowed)
+        questions.append(Question(data["prompt"], {name: str(data[name]) for name in ATTRIBUTES if name in data}))
+    if not questions:
+        raise InvalidRequest("prompts", str(path), "must hold at least one question")
+    return questions
+
+
+def generate(session: Session, prompt: str, latents: int, policy: SwitchPolicy | None = None) -> Iterator[Frames]:
+    """Iterate over the pixel frames of each chunk under a prompt, ``[f, H, W, 3]`` uint8."""
+    update = PromptUpdate((WeightedPrompt(prompt),), policy=policy or SwitchPolicy.CROSS_ATTENTION)
+    session.update_prompt(update)
+    for _ in range(latents // session.engine.preset.chunk_frames):
+        yield to_frames(session.decode(session.generate_chunk()))
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Runs an engine over questions.
+
+    Attributes:
+        engine: With VAE and text encoder.
+        overrides: Session settings other than the preset's.
+        seed: Of the first clip; each clip has its own.
+    """
+
+    engine: Engine
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def config(self, index: int) -> SessionConfig:
+        """Return the configuration of one clip."""
+        return self.engine.session_config(**{**self.overrides, "seed": self.seed + index})
+
+    def follow(self, questions: Sequence[Question], sheet: list[Frames] | None = None) -> dict[str, Any]:
+        """Return accuracy by attribute, dynamic degree and flicker; the first 16 clips are added to ``sheet``."""
+        tally, flows, flickers = Tally(), [], []
+        for index, question in enumerate(questions):
+            session = self.engine.new_session(self.config(index))
+            clip = np.concatenate(list(generate(session, question.prompt, CLIP_LATENTS)))
+            tally.add(question, read_clip(clip[-READ_FRAMES:]))
+            flows.append(metrics.mean_flow(clip))
+            flickers.append(metrics.flicker(clip))
+            if sheet is not None and index < 16:
+                sheet.append(clip)
+        return {
+            "attributes": tally.summary(),
+            "dynamic_degree": float(np.mean(flows)),
+            "flicker": float(np.mean(flickers)),
+        }
+
+    def switches(self, trials: int, policy: SwitchPolicy) -> dict[str, Any]:
+        """Return after how many chunks a new colour is seen, over trials that change the colour alone."""
+        rng = np.random.default_rng(8)
+        latencies: list[int | None] = []
+        for index in range(trials):
+            thing = world.draw_thing(rng)
+            colour = str(rng.choice([name for name in world.COLOURS if name != thing.colour]))
+            scene = world.Scene(str(rng.choice(world.BACKGROUNDS)), (thing,))
+            after = world.Scene(scene.background, (dataclasses.replace(thing, colour=colour),))
+            session = self.engine.new_session(self.config(index))
+            for _ in generate(session, captions.plain_caption(scene), SWITCH_AFTER):
+                pass
+            chunks = generate(session, captions.plain_caption(after), SWITCH_WATCH, policy)
+            latencies.append(_first_seen(chunks, colour))
+        seen = [value for value in latencies if value is not None]
+        within = sum(value <= 2 for value in seen)
+        low, high = metrics.wilson(within, trials)
+        return {
+            "trials": trials,
+            "within_2_chunks": within / max(1, trials),
+            "low": low,
+            "high": high,
+            "mean_chunks": float(np.mean(seen)) if seen else None,
+            "never": trials - len(seen),
+        }
+
+    def drift(self, questions: Iterable[Question], latents: int) -> dict[str, Any]:
+        """Return accuracy by attribute around latent frame 20 and at the end of long streams."""
+        early, late, flickers = Tally(), Tally(), []
+        for index, question in enumerate(questions):
+            session = self.engine.new_session(self.config(index))
+            window = np.zeros((0, world.SIDE, world.SIDE, 3), dtype=np.uint8)
+            for count, frames in enumerate(generate(session, question.prompt, latents), start=1):
+                window = np.concatenate([window, frames])[-READ_FRAMES:]
+                if count * self.engine.preset.chunk_frames == EARLY_LATENT:
+                    early.add(question, read_clip(window))
+            late.add(question, read_clip(window))
+            flickers.append(metrics.flicker(window))
+        return {
+            "latents": latents,
+            "early": early.summary(),
+            "late": late.summary(),
+            "late_flicker": float(np.mean(flickers)) if flickers else None,
+        }
+
+
+def _first_seen(chunks: Iterable[Frames], colour: str) -> int | None:
+    """Return the number (from 1) of the first chunk half of whose frames show a colour, or None."""
+    for number, frames in enumerate(chunks, start=1):
+        layers = colour_layers((frames / 255).astype(np.float32)).sum((2, 3))
+        own = layers[list(world.COLOURS).index(colour)]
+        if np.mean((own > MINIMUM_AREA) & (own == layers.max(0))) >= 0.5:
+            return number
+    return None
+
+
+def validate_reader(count: int = 200, *, blur: float = 0.0, seed: int = 9) -> dict[str, dict[str, float]]:
+    """Return the reader's own accuracy on drawn clips.
+
+    Args:
+        count: Clips.
+        blur: Standard deviation of a Gaussian blur in pixels; 0 for none.
+        seed: Of the clips.
+    """
+    rng, tally = np.random.default_rng(seed), Tally()
+    for _ in range(count):
+        scene = world.draw_scene(rng)
+        clip = world.render(world.draw_clip(rng, scene, READ_FRAMES))
+        tally.add(Question("", expectation(scene)), read_clip(blurred(clip, blur) if blur else clip))
+    return tally.summary()
+
+
+def blurred(clip: Frames, deviation: float) -> Frames:
+    """Return a clip with every frame blurred."""
+    from PIL import Image, ImageFilter
+
+    kernel = ImageFilter.GaussianBlur(deviation)
+    return np.stack([np.asarray(Image.fromarray(frame).filter(kernel)) for frame in clip])
+
+
+@torch.inference_mode()
+def validate_vae(engine: Engine, count: int = 50, seed: int = 9) -> dict[str, Any]:
+    """Return the reader's accuracy on drawn clips that went through the engine's VAE, and their PSNR in decibels."""
+    assert engine.vae is not None
+    rng, tally, errors = np.random.default_rng(seed), Tally(), []
+    for _ in range(count):
+        scene = world.draw_scene(rng)
+        clip = world.render(world.draw_clip(rng, scene, READ_FRAMES))
+        video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        latents = engine.vae.encode(video)
+        geometry = engine.session_config().geometry
+        drawn = to_frames(engine.vae.decode(latents, engine.vae.new_decoder_state(geometry)))
+        tally.add(Question("", expectation(scene)), read_clip(drawn))
+        errors.append(float(np.square((drawn.astype(np.float32) - clip) / 255).mean()))
+    return {"attributes": tally.summary(), "psnr_db": float(-10 * np.log10(np.mean(errors)))}
