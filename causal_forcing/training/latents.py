@@ -64,7 +64,7 @@ class Clip:
         return cls(scenes, int(data["switch"]))
 
 
-def draw(rng: np.random.Generator, *, two_objects: float, frames: int = CLIP_FRAMES) -> tuple[Clip, NDArray[np.uint8]]:
+def draw(rng: np.random.Generator, *, two_objects: float, frames: int) -> tuple[Clip, NDArray[np.uint8]]:
     """Return a random clip that holds nothing held out, and its pixels ``[1 + 4(frames - 1), 64, 64, 3]``.
 
     The change falls on the first pixel frame of a latent frame, as a prompt switch does in a stream.
@@ -86,7 +86,7 @@ def make_shard(
 ) -> None:
     """Render, encode and write one shard: latents ``[32, 16, F, 8, 8]`` float32, scenes, and the pixels' hash."""
     rng = step_rng(seed, index).numpy
-    drawn = [draw(rng, two_objects=two_objects) for _ in range(SHARD_CLIPS)]
+    drawn = [draw(rng, two_objects=two_objects, frames=CLIP_FRAMES) for _ in range(SHARD_CLIPS)]
     encoded = []
     with torch.inference_mode():
         for start in range(0, SHARD_CLIPS, ENCODE_CLIPS):

@@ -223,6 +223,9 @@ def _read_background(pixels: FloatArray) -> str:
     for frame in pixels[::SHAPE_EVERY]:
         chroma = frame.max(-1) - frame.min(-1)
         covered = _dilate(chroma > MINIMUM_CHROMA)
+        if covered.mean() > 0.9:
+            answers.append(NONE)
+            continue
         grey = frame.mean(-1)[~covered]
         errors = {name: float(np.abs(grey - _GREYS[name][~covered]).mean()) for name in BACKGROUNDS}
         best = min(errors, key=lambda name: errors[name])

@@ -1,0 +1,262 @@
+"""Every training stage at toy size: loss falls, checkpoints resume bit for bit, the result loads and is evaluated."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from causal_forcing.commands import evaluate
+from causal_forcing.config import TextEncoderConfig, TransformerConfig, VaeConfig
+from causal_forcing.engine import Engine
+from causal_forcing.presets import get_preset
+from causal_forcing.tokenizer import FileTokenizer
+from causal_forcing.training import ar, cd, evaluation, export, latents, lightvae, model, vae
+from causal_forcing.training.loop import Run, Schedule, read_log, step_rng
+from causal_forcing.training.optimizer import Optimizer, orthogonalise
+from causal_forcing.training.text import train_tokenizer
+
+VAE = VaeConfig(base_dim=4, num_res_blocks=1)
+LIGHT = VaeConfig(base_dim=1, num_res_blocks=1)
+VOCABULARY = 300
+PRESET = dataclasses.replace(
+    get_preset("tiny"),
+    transformer=TransformerConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=16, text_len=64),
+    text_encoder=TextEncoderConfig(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=1, text_len=64
+    ),
+)
+SCHEDULE = Schedule(steps=8, learning_rate=5e-3, warmup=2, save_every=4)
+UNSEEN = 1000
+"""A step whose batch no run has trained on."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "CROPPED_CLIPS", 2)
+        patch.setattr(vae, "WHOLE_CLIPS", 2)
+        patch.setattr(vae, "CROP", 16)
+        patch.setattr(vae, "SHORT_FRAMES", 5)
+        patch.setattr(vae, "LONG_FRAMES", 5)
+        patch.setattr(latents, "SHARD_CLIPS", 4)
+        patch.setattr(latents, "CLIP_FRAMES", 5)
+        patch.setattr(latents, "SWITCH_SHARE", 0.5)
+        patch.setattr(model, "CONFIG", VAE)
+        patch.setattr(model, "LIGHT_CONFIG", LIGHT)
+        patch.setattr(evaluation, "CLIP_LATENTS", 3)
+        patch.setattr(evaluation, "SWITCH_AFTER", 2)
+        patch.setattr(evaluation, "SWITCH_WATCH", 2)
+        for stage in (ar, cd):
+            patch.setattr(stage, "CLIPS", 2)
+            patch.setattr(stage, "DRAWS", 2)
+            patch.setattr(stage, "WINDOW_FRAMES", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(small, tmp_path_factory):
+    """A training folder with a tokenizer, a VAE of a few steps, and latents made with it."""
+    folder = tmp_path_factory.mktemp("training")
+    train_tokenizer(folder / "text" / "tokenizer.json", VOCABULARY, count=200)
+    vae.train(folder, config=VAE, schedule=SCHEDULE)
+    latents.build(folder, clips=8, two_objects=0.0, config=VAE)
+    return folder
+
+
+def branch(root, tmp_path):
+    """A folder that shares the inputs of ``root`` and has no generator yet."""
+    for name in ("vae", "latents", "text"):
+        (tmp_path / name).symlink_to(root / name)
+    return tmp_path
+
+
+def tensors(folder):
+    return load_file(folder / "last.safetensors")
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stages(root):
+    return {
+        "vae": lambda folder, until: vae.train(folder, config=VAE, schedule=SCHEDULE, until=until),
+        "lightvae": lambda folder, until: lightvae.train(
+            folder, config=LIGHT, large_config=VAE, schedule=SCHEDULE, until=until
+        ),
+        "ar": lambda folder, until: ar.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
+        "bidirectional": lambda folder, until: ar.train(
+            folder, preset=PRESET, schedule=SCHEDULE, until=until, bidirectional=True
+        ),
+        "cd": lambda folder, until: cd.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
+    }
+
+
+@pytest.mark.parametrize("stage", ["vae", "lightvae", "ar", "bidirectional", "cd"])
+def test_a_stage_resumes_bit_for_bit(root, tmp_path, stage):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+        if stage != "vae":
+            branch(root, folder)
+        if stage == "cd":
+            stages(root)["ar"](folder, 2)
+    train = stages(root)[stage]
+    train(whole, None)
+    train(broken, 4)
+    train(broken, None)
+    assert_same(tensors(whole / stage), tensors(broken / stage))
+    assert [r["loss"] for r in read_log(whole / stage)] == [r["loss"] for r in read_log(broken / stage)]
+    assert len(read_log(whole / stage)) == SCHEDULE.steps
+
+
+def test_the_vae_learns(tmp_path):
+    def loss(parameters):
+        random = step_rng(1, UNSEEN)
+        with torch.no_grad():
+            return float(vae.objective(parameters, VAE, vae.batch(0, random.numpy, SCHEDULE), random)["loss"])
+
+    long = dataclasses.replace(SCHEDULE, steps=12, learning_rate=1e-2)
+    before = vae.train(tmp_path, config=VAE, schedule=long, until=0).parameters
+    start = loss(before)
+    assert loss(vae.train(tmp_path, config=VAE, schedule=long).parameters) < 0.8 * start
+
+
+def test_the_light_vae_learns_the_latents_of_the_large_one(root, tmp_path):
+    branch(root, tmp_path)
+    long = dataclasses.replace(SCHEDULE, steps=20, learning_rate=1e-2)
+    large = load_file(root / "vae" / "ema.safetensors")
+
+    def loss(parameters):
+        video = vae.batch(0, step_rng(1, UNSEEN).numpy, SCHEDULE)
+        with torch.no_grad():
+            return float(lightvae.objective(large, parameters, (VAE, LIGHT), video)["loss"])
+
+    def run(until):
+        return lightvae.train(tmp_path, config=LIGHT, large_config=VAE, schedule=long, until=until)
+
+    start = loss(run(0).parameters)
+    assert loss(run(None).parameters) < 0.9 * start
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_generator_learns(root, tmp_path, bidirectional):
+    branch(root, tmp_path)
+    long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2)
+    values = latents.load(root / "latents")
+    layout = ar.Layout(3, 2, bidirectional=bidirectional)
+
+    def loss(run):
+        generator = model.new_generator(tmp_path, 4, PRESET)
+        generator.load(run.parameters)
+        with torch.no_grad():
+            return float(ar.objective(generator, values, layout, step_rng(1, UNSEEN))["loss"])
+
+    start = loss(ar.train(tmp_path, preset=PRESET, schedule=long, until=0, bidirectional=bidirectional))
+    assert loss(ar.train(tmp_path, preset=PRESET, schedule=long, bidirectional=bidirectional)) < 0.95 * start
+
+
+def test_the_student_becomes_consistent(root, tmp_path):
+    branch(root, tmp_path)
+    ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
+    long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=2e-3)
+    run = cd.train(tmp_path, preset=PRESET, schedule=long)
+    values, layout = latents.load(root / "latents"), cd.Layout(3, 2)
+    teacher, student = (model.new_generator(tmp_path, 5, PRESET) for _ in range(2))
+    for generator in (teacher, student):
+        generator.load(model.load_stage(tmp_path, "ar"))
+
+    def loss():
+        with torch.no_grad():
+            batches = [cd.objective(teacher, student, values, layout, step_rng(1, UNSEEN + i)) for i in range(4)]
+        return sum(float(batch["loss"]) for batch in batches)
+
+    start = loss()
+    student.load(student.parameters | run.parameters)
+    assert loss() < start
+
+
+def test_latents_are_made_once_and_know_their_data(root):
+    folder = root / "latents"
+    index = json.loads((folder / "index.json").read_text())
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+    data = latents.build(root, clips=8, two_objects=0.0, config=VAE)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")} == before
+    assert data.data_hash == index["data_hash"]
+    assert data.values.shape == (8, 16, 5, 8, 8)
+    torch.testing.assert_close(data.values.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(data.values.std((0, 2, 3, 4)), torch.ones(16), atol=1e-4, rtol=0)
+
+
+def test_a_missing_data_set_says_what_to_run(tmp_path):
+    (tmp_path / "latents").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"training\.latents"):
+        latents.load(tmp_path / "latents")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    Run(tmp_path, {"a": torch.zeros(2)}, SCHEDULE, 0).save()
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        Run(tmp_path, {"b": torch.zeros(2)}, SCHEDULE, 0)
+
+
+def test_export_loads_strictly_and_is_evaluated(root, tmp_path, monkeypatch, capsys):
+    branch(root, tmp_path)
+    monkeypatch.setattr(model, "get_preset", lambda _name: PRESET)
+    lightvae.train(tmp_path, config=LIGHT, large_config=VAE, schedule=SCHEDULE, until=1)
+    ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
+    cd.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
+    preset = model.embedded_preset(tmp_path)
+    size = export.export(tmp_path, tmp_path / "out")
+    assert 0 < size < export.LIMIT_BYTES
+    for name in ("wan", "lightvae"):
+        engine = Engine.load(preset, vae=name, weights_dir=tmp_path / "out")
+        assert engine.text_encoder is not None
+        encoded = engine.text_encoder.encode(["Ünknown wörds 漢字"])[0].embeds
+        assert torch.isfinite(encoded).all()
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "a red ball", "colour": "red", "shape": "circle"}\n')
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    words = ["--training", str(tmp_path), "--prompts", str(questions), "--steps", "1000,500", "--switches", "1"]
+    words += ["--drift", "4", "--output", str(tmp_path / "report.json"), "--sheet", str(tmp_path / "sheet.png")]
+    assert evaluate.run(parser.parse_args(words)) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["follow"]["attributes"]["colour"]["count"] == 1
+    assert set(report["switches"]) == {"cross_attention", "recache", "flush", "scene_cut"}
+    assert report["settings"] == [1000, 500]
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+    assert "dynamic degree" in capsys.readouterr().out
+
+
+def test_tokenizer_accepts_any_text(root):
+    tokenizer = FileTokenizer(root / "text" / "tokenizer.json")
+    for text in ("a red circle", "日本 🎈", "\x00\t"):
+        ids = tokenizer.encode(text)
+        assert ids[-1] == 1
+        assert all(3 <= i < VOCABULARY for i in ids[:-1])
+    assert tokenizer.encode("A Red Circle") == tokenizer.encode("a red circle")
+
+
+def test_orthogonalise_flattens_the_spectrum():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(12, 30)))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_the_optimizer_minimises():
+    target = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    value = torch.zeros(8, 8, requires_grad=True)
+    bias = torch.zeros(8, requires_grad=True)
+    optimizer = Optimizer({"weight": value, "bias": bias})
+    assert optimizer.matrices == {"weight"}
+    for step in range(150):
+        ((value - target).square().sum() + (bias - 1).square().sum()).backward()
+        optimizer.step(step, 0.1 * (1 - step / 150))
+    assert (value - target).norm() < 0.3 * target.norm()
+    assert (bias - 1).abs().max() < 0.2

@@ -1,0 +1,61 @@
+"""The training pass of the VAE computes what the streaming VAE computes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from causal_forcing.config import VaeConfig
+from causal_forcing.geometry import Geometry
+from causal_forcing.training import whole_clip
+from causal_forcing.vae import WanVae
+
+UNIT = {"latent_mean": (0.0,) * 16, "latent_std": (1.0,) * 16}
+
+
+def random_parameters(config):
+    generator = torch.Generator().manual_seed(0)
+    shapes = whole_clip.parameter_shapes(config)
+    return {n: (n.endswith("gamma") + 0.15 * torch.randn(s, generator=generator)) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@torch.no_grad()
+def test_equals_the_streaming_vae(blocks):
+    config = VaeConfig(base_dim=4, num_res_blocks=blocks, **UNIT)
+    parameters = random_parameters(config)
+    vae = WanVae(config)
+    vae.load_state_dict(parameters, strict=True)
+    video = torch.rand(2, 3, 13, 32, 32) * 2 - 1
+    mean, _ = whole_clip.encode(parameters, config, video)
+    streamed = torch.cat([vae.encode(clip[None]) for clip in video])
+    torch.testing.assert_close(mean, streamed, atol=1e-4, rtol=1e-4)
+    drawn = whole_clip.decode(parameters, config, mean)
+    decoded = [vae.decode_unclamped(z[None], vae.new_decoder_state(Geometry(32, 32))) for z in streamed]
+    torch.testing.assert_close(drawn, torch.cat(decoded), atol=1e-4, rtol=1e-4)
+
+
+def test_shapes_are_those_of_the_real_vae():
+    manifests = sorted((Path(__file__).parents[2] / "golden").rglob("wan2.1_vae_original.json"))
+    shapes = whole_clip.parameter_shapes(VaeConfig())
+    for path in manifests:
+        assert shapes == {name: tuple(shape) for name, (_, shape) in json.loads(path.read_text()).items()}
+    assert len(shapes) == 194
+
+
+def test_more_frames_do_not_change_the_past():
+    config = VaeConfig(base_dim=4, num_res_blocks=1, **UNIT)
+    parameters = random_parameters(config)
+    video = torch.rand(1, 3, 13, 16, 16)
+    with torch.no_grad():
+        long, _ = whole_clip.encode(parameters, config, video)
+        short, _ = whole_clip.encode(parameters, config, video[:, :, :9])
+    torch.testing.assert_close(long[:, :, :3], short, atol=1e-5, rtol=1e-5)
+
+
+def test_initial_parameters_are_seeded():
+    config = dataclasses.replace(VaeConfig(base_dim=4), num_res_blocks=1)
+    first, again = whole_clip.initial_parameters(config, 1), whole_clip.initial_parameters(config, 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
