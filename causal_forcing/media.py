@@ -77,7 +77,7 @@ class FrameWriter(ABC):
     Attributes:
         path: Where the file will appear.
         fps: Frames a second.
-        metadata: Texts stored in the file under ``title`` and ``comment``.
+        metadata: Texts stored in the file under ``title`` and ``comment``; may be filled until the first frame.
         frame_count: Frames written so far.
     """
 
@@ -155,12 +155,12 @@ class Mp4Writer(FrameWriter):
     def __init__(self, path: Path, *, fps: int, metadata: Mapping[str, str]) -> None:
         super().__init__(path, fps=fps, metadata=metadata)
         self._container = av.open(str(self._temporary), "w", format="mp4")
-        self._container.metadata.update(self.metadata)
         self._stream = self._container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
         self._stream.pix_fmt = "yuv420p"
 
     def _add(self, frame: Frames) -> None:
         if not self.frame_count:
+            self._container.metadata.update(self.metadata)
             self._stream.height, self._stream.width = frame.shape[:2]
         picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
         picture.pts = self.frame_count

@@ -83,6 +83,20 @@ def test_mp4_holds_every_frame_the_rate_and_the_notes(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.mp4"]
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "out.png", "f%d.png"])
+def test_notes_may_come_late_as_the_first_frame(tmp_path: Path, name: str) -> None:
+    with media.open_writer(tmp_path / name) as writer:
+        writer.metadata["comment"] = "random weights"
+        writer.write(gradient(2))
+    path = next(tmp_path.iterdir())
+    if name == "out.mp4":
+        with av.open(str(path)) as container:
+            assert container.metadata["comment"] == "random weights"
+    else:
+        with Image.open(path) as picture:
+            assert picture.info.get("Comment", picture.info.get("comment")) in ("random weights", b"random weights")
+
+
 def test_gif_keeps_the_total_duration(tmp_path: Path) -> None:
     path = tmp_path / "out.gif"
     write(path, gradient(16))
