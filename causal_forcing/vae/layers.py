@@ -218,7 +218,8 @@ class ResidualBlock(nn.Module):
         """Map ``[T, H, W, C]`` to ``[T, H, W, C']``."""
         normalise, first, renormalise, second = self.residual.values()
         hidden = cast(CausalConv, first).stream(normalise(x), state)
-        hidden = cast(CausalConv, second).stream(renormalise(hidden), state)
+        hidden = renormalise(hidden)  # frees its input before the next convolution
+        hidden = cast(CausalConv, second).stream(hidden, state)
         return hidden.add_(x if self.shortcut is None else self.shortcut(x))
 
 
