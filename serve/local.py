@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from causal_forcing.errors import InvalidRequest
 
 from .config import ServiceConfig
+from .errors import Unavailable
 
 OBJECT_STORE_BYTES = 256 << 20
 """Shared memory for what travels between processes: a few chunks a session."""
@@ -56,21 +57,39 @@ def local_service(config: ServiceConfig, *, verbose: bool = False) -> Iterator[L
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray import serve as _  # noqa: F401  (it sets its loggers' levels when it is imported)
 
-    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
-    ray.init(
-        address="local",  # never a cluster that happens to be there
-        include_dashboard=False,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(level)
     try:
+        _start_ray(verbose=verbose)
         deploy(config)
         yield LocalService(f"127.0.0.1:{config.grpc_port}")
     finally:
         ray.shutdown()
+
+
+def _start_ray(*, verbose: bool) -> None:
+    """Start a cluster of our own; Ray gives a busy machine half a minute, so a second try often helps."""
+    import ray
+
+    for attempts_left in (1, 0):
+        try:
+            ray.init(
+                address="local",  # never a cluster that happens to be there
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+        except Exception as error:  # noqa: BLE001  (Ray raises a bare Exception when it runs out of time)
+            ray.shutdown()
+            if attempts_left == 0:
+                message = f"Ray did not start on this machine: {error}"
+                raise Unavailable(message, reason="RAY_NOT_STARTED") from error
+        else:
+            return
 
 
 def deploy(config: ServiceConfig) -> None:

@@ -1,0 +1,261 @@
+"""What a client says and hears, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
+
+from causal_forcing.prompts import Blend, PromptUpdate, WeightedPrompt
+from protos.causal_forcing.v1 import video_pb2 as pb
+
+if TYPE_CHECKING:
+    from serve.frames import Pixels
+
+CODECS = {"jpeg": pb.FRAME_CODEC_JPEG, "png": pb.FRAME_CODEC_PNG, "raw_rgb24": pb.FRAME_CODEC_RAW_RGB24}
+"""Codec names and what the protocol calls them."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What a session shall be; None takes the server's default.
+
+    Attributes:
+        prompt: Of the first chunk.
+        height: Pixel rows; with ``width``.
+        width: Pixel columns; with ``height``.
+        seed: Source of all noise.
+        denoising_steps: Strictly descending timesteps.
+        window_frames: Latent frames the model looks back on.
+        sink_frames: Latent frames it never forgets.
+        codec: ``jpeg``, ``png`` or ``raw_rgb24``.
+        jpeg_quality: 1 to 100.
+        credit_chunks: Chunks the server may be ahead.
+    """
+
+    prompt: PromptUpdate | str
+    height: int | None = None
+    width: int | None = None
+    seed: int | None = None
+    denoising_steps: tuple[int, ...] = ()
+    window_frames: int | None = None
+    sink_frames: int | None = None
+    codec: str = "jpeg"
+    jpeg_quality: int | None = None
+    credit_chunks: int | None = None
+
+    def to_proto(self) -> pb.SessionConfig:
+        """Return the protocol's message."""
+        update = as_update(self.prompt)
+        prompt = prompt_to_proto(update)
+        prompt.policy = pb.SWITCH_POLICY_UNSPECIFIED  # a first prompt has no past to treat
+        return pb.SessionConfig(
+            prompt=prompt,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            denoising_steps=self.denoising_steps,
+            window_frames=self.window_frames,
+            sink_frames=self.sink_frames,
+            codec=pb.FrameCodec.Name(CODECS[self.codec]),
+            jpeg_quality=self.jpeg_quality,
+            credit_chunks=self.credit_chunks,
+        )
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Where the session stands in the queue.
+
+    Attributes:
+        sessions_ahead: Sessions before it.
+        waited_s: How long it has waited.
+        estimated_wait_s: The server's guess of what is left, if it has one.
+    """
+
+    sessions_ahead: int
+    waited_s: float
+    estimated_wait_s: float | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """The session runs.
+
+    Attributes:
+        session_id: Its name in the server's log.
+        config: What it runs with.
+        model: What makes the video.
+        limits: What the server enforces.
+    """
+
+    session_id: str
+    config: pb.SessionConfig
+    model: pb.ModelInfo
+    limits: pb.SessionLimits
+
+
+@dataclass(frozen=True)
+class PromptApplied:
+    """A prompt takes effect with the next frame.
+
+    Attributes:
+        prompt_id: Its name.
+        chunk_index: The first chunk made under it.
+        frame_index: The first frame of that chunk.
+        superseded: Updates it replaced before they took effect.
+    """
+
+    prompt_id: str
+    chunk_index: int
+    frame_index: int
+    superseded: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChunkTimings:
+    """Where the time of a chunk went, in seconds."""
+
+    denoise_s: float
+    decode_s: float
+    encode_s: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One encoded pixel frame.
+
+    Attributes:
+        chunk_index: The chunk it belongs to.
+        frame_index: Its number in the session.
+        prompt_id: Of the prompt in force.
+        data: The encoded frame.
+        codec: How it is encoded.
+        height: Pixel rows.
+        width: Pixel columns.
+        timings: Of the chunk, with its last frame; None with the others.
+    """
+
+    chunk_index: int
+    frame_index: int
+    prompt_id: str
+    data: bytes
+    codec: str
+    height: int
+    width: int
+    timings: ChunkTimings | None
+
+    @property
+    def last_in_chunk(self) -> bool:
+        """Whether the chunk is complete."""
+        return self.timings is not None
+
+    def pixels(self) -> Pixels:
+        """Return ``[H, W, 3]`` uint8 RGB."""
+        from serve.frames import Codec, decode_frame
+
+        return decode_frame(Codec(self.codec), self.data, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The session ended well.
+
+    Attributes:
+        reason: ``CLIENT`` or ``MAX_DURATION``.
+        chunk_count: Chunks sent.
+        frame_count: Frames sent.
+        byte_count: Bytes of frames sent.
+        duration_s: From its start.
+    """
+
+    reason: str
+    chunk_count: int
+    frame_count: int
+    byte_count: int
+    duration_s: float
+
+
+Event = Queued | Started | PromptApplied | Frame | Ended
+"""What a session yields."""
+
+
+class VideoServiceError(Exception):
+    """Raised when a session fails.
+
+    Attributes:
+        code: The gRPC status code.
+        reason: Stable UPPER_SNAKE name; empty when the transport failed and no server said one.
+        message: Text for people.
+        retry_after_s: When to come back, if that makes sense.
+        field: The field of an invalid request, or empty.
+        error_id: Names the failure in the server's log, or empty.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        reason: str = "",
+        retry_after_s: float | None = None,
+        field: str = "",
+        error_id: str = "",
+    ) -> None:
+        super().__init__(f"{code.name} {reason}: {message}" if reason else f"{code.name}: {message}")
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+        self.field = field
+        self.error_id = error_id
+
+    @classmethod
+    def from_proto(cls, error: pb.Error) -> VideoServiceError:
+        """Return the error that a server sent as its last message."""
+        code = next(code for code in grpc.StatusCode if code.value[0] == error.status.code)
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        retry_after_s = None
+        for detail in error.status.details:
+            detail.Unpack(info)
+            if detail.Unpack(retry):
+                retry_after_s = seconds(retry.retry_delay)
+        message = error.status.message.removeprefix(f"{error.reason}: ")
+        field, error_id = info.metadata.get("field", ""), error.error_id
+        return cls(code, message, reason=error.reason, retry_after_s=retry_after_s, field=field, error_id=error_id)
+
+    @classmethod
+    def from_status(cls, code: grpc.StatusCode, details: str) -> VideoServiceError:
+        """Return the error of a call that ended without a last message."""
+        reason, separator, message = details.partition(": ")
+        if separator and reason.replace("_", "").isupper():
+            return cls(code, message, reason=reason)
+        return cls(code, details)
+
+
+def as_update(prompt: PromptUpdate | str) -> PromptUpdate:
+    """Return a prompt update for a text, or the update itself."""
+    if isinstance(prompt, PromptUpdate):
+        return prompt
+    return PromptUpdate((WeightedPrompt(prompt),))
+
+
+def prompt_to_proto(update: PromptUpdate) -> pb.PromptUpdate:
+    """Return the protocol's message for an update."""
+    blends = {Blend.LINEAR: pb.BLEND_LINEAR, Blend.SLERP: pb.BLEND_SLERP}
+    return pb.PromptUpdate(
+        prompts=[pb.WeightedPrompt(text=prompt.text, weight=prompt.weight) for prompt in update.prompts],
+        blend=blends[update.blend],
+        transition_chunks=update.transition_chunks,
+        transition=blends[update.transition],
+        policy=f"SWITCH_POLICY_{update.policy.name}",
+        prompt_id=update.prompt_id,
+    )
+
+
+def seconds(duration: Duration) -> float:
+    """Return a duration in seconds."""
+    return duration.ToNanoseconds() / 1e9
