@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from causal_forcing.config import VaeConfig
@@ -28,9 +29,10 @@ LIGHT_CONFIG = VaeConfig(base_dim=4, num_res_blocks=1)
 
 SCHEDULE = Schedule(steps=1600, learning_rate=3e-3, decay_from=0.4, ema=0.995)
 KL_WEIGHT = 5e-4
+MOST_OBJECTS = 7
 OBJECT_CHROMA = 0.2
-OBJECT_WEIGHT = 5.0
-"""Extra weight of coloured pixels; objects are a tenth of a frame, and grey comes first otherwise (measured)."""
+OBJECT_WEIGHT = 1.0
+"""Extra weight of coloured pixels."""
 
 CROP = 32
 CROPPED_CLIPS = 8
@@ -41,18 +43,23 @@ WHOLE_FROM = 0.75
 """Fraction of the run after which every clip is whole (before, one step in four)."""
 
 
-def random_clip(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Return ``[frames, 64, 64, 3]`` uint8 of a random clip of the world, one in three with a sudden change."""
-    scene = world.draw_scene(rng, two_objects=0.25)
+def crowded_scene(rng: np.random.Generator) -> world.Scene:
+    """Return a scene of two to seven objects: with one, most of a crop is background and colour is learnt late."""
+    things = tuple(world.draw_thing(rng) for _ in range(int(rng.integers(2, MOST_OBJECTS + 1))))
+    return world.Scene(str(rng.choice(world.BACKGROUNDS)), things)
+
+
+def random_clip(rng: np.random.Generator, frames: int) -> NDArray[np.uint8]:
+    """Return ``[frames, 64, 64, 3]`` uint8 of a random clip, one in four with a sudden change of everything."""
+    scene = crowded_scene(rng)
     segments = world.draw_clip(rng, scene, frames)
-    if rng.random() < 1 / 3:
+    if rng.random() < 1 / 4:
         at = 1 + 4 * int(rng.integers(0, (frames - 1) // 4))
-        first = world.Segment(scene, at, segments[0].placements)
-        segments = (first, world.switch(first, world.change(rng, scene), frames - at))
+        segments = world.draw_clip(rng, scene, at) + world.draw_clip(rng, crowded_scene(rng), frames - at)
     return world.render(segments)
 
 
-def to_video(clips: list[np.ndarray]) -> Tensor:
+def to_video(clips: list[NDArray[np.uint8]]) -> Tensor:
     """Return uint8 clips as ``[B, 3, T, H, W]`` float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
     return stacked.to(torch.float32) / 127.5 - 1
