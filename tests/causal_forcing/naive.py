@@ -186,3 +186,15 @@ def turns(position, tokens, columns, pairs):
 def sigma_of(step):
     """Return the noise level of an unwarped step, shift 5 of step / 1000, as the float32 the reference tabulates."""
     return float(torch.tensor(5 * (step / 1000) / (1 + 4 * (step / 1000)), dtype=torch.float32))
+
+
+def slerp_by_hand(a, b, t):
+    """Row by row in float64, no vector arithmetic shared with the code."""
+    out = torch.zeros_like(a, dtype=torch.float64)
+    for row in range(a.shape[1]):
+        x, y = a[0, row].double(), b[0, row].double()
+        lengths = float(x.norm()) * float(y.norm())
+        angle = math.acos(float(x @ y) / lengths) if lengths else math.pi / 2
+        share = (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
+        out[0, row] = share[0] * x + share[1] * y
+    return out

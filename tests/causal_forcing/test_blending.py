@@ -1,27 +1,14 @@
 """Mixing embeddings, against the formulas written out by hand."""
 
-import math
-
 import pytest
 import torch
 
 from causal_forcing.blending import NEGLIGIBLE_CHANGE, blend, interpolate, is_negligible
 from causal_forcing.prompts import Blend
 from tests.causal_forcing.builders import embedding
+from tests.causal_forcing.naive import slerp_by_hand
 
 A, B, C = (embedding(name).embeds for name in ("a", "b", "c"))
-
-
-def slerp_by_hand(a, b, t):
-    """Row by row in float64, no vector arithmetic shared with the code."""
-    out = torch.zeros_like(a, dtype=torch.float64)
-    for row in range(a.shape[1]):
-        x, y = a[0, row].double(), b[0, row].double()
-        lengths = float(x.norm()) * float(y.norm())
-        angle = math.acos(float(x @ y) / lengths) if lengths else math.pi / 2
-        share = (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
-        out[0, row] = share[0] * x + share[1] * y
-    return out
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (1, 3), (0.2, 0.5), (1, 0), (1e-9, 1e-9), (1e6, 1e6)])
