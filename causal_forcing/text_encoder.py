@@ -12,6 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def build_encoder(config: TextEncoderConfig, device: torch.device | str | None =
 
     Args:
         config: Sizes.
-        device: Where to create it; ``"meta"`` allocates nothing.
+        device: Where to create it; ``"meta"`` allocates nothing. None takes the default device of the context.
 
     Source: google/umt5-xxl config.json for what is constant.
     """
@@ -73,7 +74,7 @@ def build_encoder(config: TextEncoderConfig, device: torch.device | str | None =
         dropout_rate=0.0,
         layer_norm_epsilon=1e-6,
     )
-    with torch.device(device or "cpu"):
+    with nullcontext() if device is None else torch.device(device):
         encoder: nn.Module = UMT5EncoderModel(umt5)
     return encoder.eval().requires_grad_(False)
 

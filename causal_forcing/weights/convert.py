@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from causal_forcing.errors import BadCheckpoint, InvalidRequest
-from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint
+from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint, require_finite
 from causal_forcing.weights.inspection import find_problems
 from causal_forcing.weights.keys import EMBEDDING, EMBEDDING_ALIAS, Family, recognise
-from causal_forcing.weights.loading import require_finite
 from causal_forcing.weights.writing import write_safetensors
 
 _KEEP_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -43,6 +43,7 @@ _SAFETENSORS_DTYPES = {
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("scale_weight", "weight_scale")
 _NOT_WEIGHTS = ("scaled_fp8", "spiece_model")
+_VALUES_AT_ONCE = 2**24
 _ACTIVATION_SCALES = (".scale_input", ".input_scale")
 
 
@@ -123,6 +124,22 @@ def open_checkpoint(path: Path, *, entry: str | None = None) -> Checkpoint:
     kept = {n: stored[s] for n, s in names.items() if n not in scales.values() and not _is_not_a_weight(n)}
     prefixes = _prefixes(names)
     return Checkpoint(path, kind, found, prefixes, kept, metadata, read, names, scales)
+
+
+def require_finite(tensor: Tensor, what: str) -> Tensor:
+    """Return the tensor.
+
+    Raises:
+        BadCheckpoint: If it holds NaN or infinity (reason ``CHECKPOINT_NON_FINITE``).
+    """
+    if tensor.numel() and tensor.is_floating_point():
+        low, high = tensor.aminmax()  # one pass, no copy; NaN propagates
+        if not (torch.isfinite(low) & torch.isfinite(high)).item():
+            bad = sum(int((~rows.isfinite()).sum()) for rows in torch.split(tensor.flatten(), _VALUES_AT_ONCE))
+            kind = str(tensor.dtype).removeprefix("torch.")
+            message = f"{what} has {bad} of {tensor.numel()} values that are not finite in {kind}"
+            raise BadCheckpoint(f"{message}; training diverged or the file is damaged", reason="CHECKPOINT_NON_FINITE")
+    return tensor
 
 
 def _is_not_a_weight(name: str) -> bool:

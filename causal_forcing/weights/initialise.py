@@ -30,9 +30,10 @@ def seeded_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
 def _draw(name: str, like: Tensor, seed: int) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     if leaf in ("weight", "gamma") and (leaf == "gamma" or any(n in owner.rpartition(".")[2] for n in _NORMS)):
-        return torch.ones(like.shape)
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7]))
-    values = torch.randn(like.shape, generator=generator)
+        return torch.ones(like.shape, device="cpu")
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7]))
+    values = torch.randn(like.shape, generator=generator, device="cpu")
     return values * _std(name, leaf, like)
 
 

@@ -15,9 +15,9 @@ from causal_forcing.errors import BadCheckpoint
 from causal_forcing.presets import PRESETS
 from causal_forcing.text_encoder import build_encoder
 from causal_forcing.transformer import CausalTransformer
-from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint
+from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint, require_finite
 from causal_forcing.weights.keys import Family, Layout, recognise
-from causal_forcing.weights.loading import build_vae, match, require_finite
+from causal_forcing.weights.loading import build_vae, match
 
 ModelConfig = TransformerConfig | VaeConfig | TinyVaeConfig | TextEncoderConfig
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,15 @@ from causal_forcing.config import TinyVaeConfig, VaeConfig
 from causal_forcing.errors import BadCheckpoint
 from causal_forcing.presets import Preset
 from causal_forcing.text_encoder import DEFAULT_CACHE_BYTES, TextEncoder, build_encoder
+from causal_forcing.tiny_vae import TinyVae
 from causal_forcing.tokenizer import FileTokenizer, FragmentTokenizer, Tokenizer
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.vae import WanVae
-from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint
+from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint, require_finite
 from causal_forcing.weights.initialise import seeded_weights
 from causal_forcing.weights.keys import EMBEDDING, EMBEDDING_ALIAS, Family, Layout, recognise
 from causal_forcing.weights.locate import default_weights_dir, embedded_dir, find_part
 from causal_forcing.weights.lora import LoraFile, LoraUpdate, read_lora
-
-if TYPE_CHECKING:
-    from causal_forcing.tiny_vae import TinyVae
 
 _SHOWN = 3
 _ROWS_AT_ONCE = 4096
@@ -132,8 +129,6 @@ def build_vae(config: VaeConfig | TinyVaeConfig) -> tuple[WanVae | TinyVae, Fami
     with torch.device("meta"):
         if isinstance(config, VaeConfig):
             return WanVae(config), Family.VAE
-        from causal_forcing.tiny_vae import TinyVae
-
         return TinyVae(config), Family.TINY_VAE
 
 
@@ -242,22 +237,6 @@ def _require_same(
         f"{checkpoint.path}: of {len(expected)} tensors expected and {len(tensors)} found, {'; '.join(parts)}; {cause}",
         reason=reason,
     )
-
-
-def require_finite(tensor: Tensor, what: str) -> Tensor:
-    """Return the tensor.
-
-    Raises:
-        BadCheckpoint: If it holds NaN or infinity (reason ``CHECKPOINT_NON_FINITE``).
-    """
-    if tensor.numel() and tensor.is_floating_point():
-        low, high = tensor.aminmax()  # one pass, no copy; NaN propagates
-        if not (torch.isfinite(low) & torch.isfinite(high)).item():
-            bad = sum(int((~rows.isfinite()).sum()) for rows in torch.split(tensor.flatten(), _ROWS_AT_ONCE**2))
-            kind = str(tensor.dtype).removeprefix("torch.")
-            message = f"{what} has {bad} of {tensor.numel()} values that are not finite in {kind}"
-            raise BadCheckpoint(f"{message}; training diverged or the file is damaged", reason="CHECKPOINT_NON_FINITE")
-    return tensor
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from causal_forcing.errors import BadCheckpoint, InvalidRequest
-from causal_forcing.weights.formats import Checkpoint, open_checkpoint
+from causal_forcing.weights.formats import Checkpoint, open_checkpoint, require_finite
 from causal_forcing.weights.keys import TRANSFORMER_DIFFUSERS
 
 MAX_SCALE = 10.0
@@ -80,7 +80,8 @@ def read_lora(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> d
         weight_shapes: Shape of every weight of the model, by our names.
 
     Raises:
-        BadCheckpoint: If a tensor fits no weight, a pair is incomplete, or a shape does not fit; nothing is skipped.
+        BadCheckpoint: If a tensor fits no weight, a pair is incomplete, a shape does not fit, or
+            a value is not finite; nothing is skipped.
     """
     checkpoint = open_checkpoint(lora.path, entry="generator_lora")
     pairs, alphas = _collect(checkpoint, _module_names(weight_shapes))
@@ -90,7 +91,7 @@ def read_lora(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> d
     for module, pair in pairs.items():
         if set(pair) != {"down", "up"}:
             raise BadCheckpoint(f"{lora.path}: {module} has only its {next(iter(pair))} half")
-        down, up = checkpoint.read(pair["down"]), checkpoint.read(pair["up"])
+        down, up = (require_finite(checkpoint.read(pair[x]), f"{lora.path}: {pair[x]}") for x in ("down", "up"))
         _require_fit(lora.path, module, (down, up), weight_shapes[f"{module}.weight"])
         rank = down.shape[0]
         alpha = float(checkpoint.read(alphas[module])) if module in alphas else float(rank)
