@@ -22,7 +22,7 @@ from torch import Tensor
 
 from causal_forcing.geometry import PATCH
 from causal_forcing.rope import RotaryEmbedding, Rotation, rotate
-from causal_forcing.transformer import Attention, CausalTransformer, TransformerBlock, unpatchify
+from causal_forcing.transformer import CausalTransformer, TransformerBlock, unpatchify
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Layout:
     chunk: int = 1
     bidirectional: bool = False
 
-    def frame_mask(self) -> Tensor:
-        """Return ``[S, S]`` bool, True where the row's frame attends to the column's."""
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Return who attends to whom, True where the row's frame attends to the column's.
+
+        Returns:
+            ``[F, F]``: clean frames to clean frames; ``[F, 2F]``: the noisy frames of a draw to the clean frames and to
+            the frames of the same draw. Draws do not see each other.
+        """
         index = torch.arange(self.frames)
         row, column = index[:, None] // self.chunk, index[None, :] // self.chunk
         same, past = row == column, row > column
@@ -53,14 +58,7 @@ class Layout:
             past = past & (newest[:, None] - index[None, :] <= self.window)
         if self.bidirectional:
             past, same = torch.zeros_like(past), torch.ones_like(same)
-        total = (1 + self.draws) * self.frames
-        mask = torch.zeros(total, total, dtype=torch.bool)
-        mask[: self.frames, : self.frames] = past | same
-        for draw in range(1, 1 + self.draws):
-            own = slice(draw * self.frames, (draw + 1) * self.frames)
-            mask[own, : self.frames] = past
-            mask[own, own] = same
-        return mask
+        return past | same, torch.cat([past, same], dim=1)
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,12 @@ def predict(
     tokens = (height // PATCH) * (width // PATCH)
     context_time = torch.zeros(batch, clean.shape[2], dtype=timesteps.dtype)
     embedded, projected = model.embed_time(torch.cat([context_time, timesteps], dim=1).flatten())
-    self_mask = layout.frame_mask().repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    clean_mask, draw_mask = (mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for mask in layout.masks())
     memory = _Memory(
         projected.view(batch, total, 1, 6, -1),
         rotary.rotation([*range(layout.frames)] * (1 + layout.draws)),
-        self_mask,
+        clean_mask,
+        draw_mask,
         model.text_embedding(prompts.embeds.flatten(1, 2)),
         _prompt_mask(prompts, 1 + layout.draws, tokens),
     )
@@ -124,7 +123,8 @@ class _Memory:
 
     projected: Tensor  # [B, S, 1, 6, D]
     rotation: Rotation
-    self_mask: Tensor  # [S*T, S*T]
+    clean_mask: Tensor  # [F*T, F*T]
+    draw_mask: Tensor  # [F*T, 2*F*T]
     text: Tensor  # [B, P*text_len, D]
     text_mask: Tensor | None  # [B, 1, S*T, P*text_len]
 
@@ -142,11 +142,28 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
-def _attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the projected output ``[B, L, D]`` of queries, keys and values ``[B, L, H, D]``."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the output ``[B, L, D]`` of queries ``[B, L, H, D]`` and keys and values ``[B, M, H, D]``."""
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    out: Tensor = attention.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2))
-    return out
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
+
+
+def _self_attend(q: Tensor, k: Tensor, v: Tensor, memory: _Memory) -> Tensor:
+    """Return the output of a whole pass: each draw reads the clean frames and itself."""
+    batch, rows = q.shape[0], memory.clean_mask.shape[0]
+    clean = _attend(q[:, :rows], k[:, :rows], v[:, :rows], memory.clean_mask)
+    draws = q.shape[1] // rows - 1
+    if not draws:
+        return clean
+
+    def with_clean(part: Tensor) -> Tensor:
+        own = part[:, rows:].reshape(batch, draws, rows, *part.shape[2:])
+        shared = part[:, None, :rows].expand_as(own)
+        return torch.cat([shared, own], dim=2).flatten(0, 1)
+
+    queries = q[:, rows:].reshape(batch * draws, rows, *q.shape[2:])
+    noisy = _attend(queries, with_clean(k), with_clean(v), memory.draw_mask)
+    return torch.cat([clean, noisy.reshape(batch, draws * rows, -1)], dim=1)
 
 
 def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:
@@ -154,9 +171,10 @@ def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:
     y = _modulate(x, shift1, scale1, block.eps).flatten(1, 2)
     attention = block.self_attn
     q, k = (rotate(part, memory.rotation) for part in (attention.queries(y), attention.keys(y)))
-    x = torch.addcmul(x, _attend(attention, q, k, attention.values(y), memory.self_mask).view_as(x), gate1)
+    out = attention.o(_self_attend(q, k, attention.values(y), memory))
+    x = torch.addcmul(x, out.view_as(x), gate1)
     attention = block.cross_attn
     q = attention.queries(block.norm3(x).flatten(1, 2))
-    k, v = attention.keys(memory.text), attention.values(memory.text)
-    x = x + _attend(attention, q, k, v, memory.text_mask).view_as(x)
+    out = attention.o(_attend(q, attention.keys(memory.text), attention.values(memory.text), memory.text_mask))
+    x = x + out.view_as(x)
     return torch.addcmul(x, block.ffn(_modulate(x, shift2, scale2, block.eps)), gate2)

@@ -22,7 +22,7 @@ def model():
     model = CausalTransformer(CONFIG)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return model.double()
+    return model
 
 
 def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, layout):
@@ -36,7 +36,7 @@ def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, l
         tokens_per_frame=GEOMETRY.tokens_per_frame,
         evicts=layout.window is not None,
     )
-    cache = KeyValueCache(CONFIG, sizes, device=device, dtype=torch.float64)
+    cache = KeyValueCache(CONFIG, sizes, device=device, dtype=torch.float32)
     texts = [model.read_text(embeds[:, p]) for p in range(embeds.shape[1])]
     velocities = []
     for start in range(0, FRAMES, layout.chunk):
@@ -58,13 +58,13 @@ def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, l
 @torch.no_grad()
 def test_equals_the_cached_path(model, layout):
     torch.manual_seed(1)
-    clean = torch.randn(2, *GEOMETRY.latent_shape(FRAMES)[1:], dtype=torch.float64)
-    noisy = torch.randn(2, *GEOMETRY.latent_shape(2 * FRAMES)[1:], dtype=torch.float64)
-    embeds = torch.randn(2, 2, CONFIG.text_len, CONFIG.text_dim, dtype=torch.float64)
+    clean = torch.randn(2, *GEOMETRY.latent_shape(FRAMES)[1:])
+    noisy = torch.randn(2, *GEOMETRY.latent_shape(2 * FRAMES)[1:])
+    embeds = torch.randn(2, 2, CONFIG.text_len, CONFIG.text_dim)
     prompt_of_frame = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
     if layout.chunk == 2:
         prompt_of_frame[1] = torch.tensor([0, 0, 1, 1, 1, 1])
-    levels = 1000 * torch.rand(2, 2 * FRAMES // layout.chunk, dtype=torch.float64)
+    levels = 1000 * torch.rand(2, 2 * FRAMES // layout.chunk)
     timesteps = levels.repeat_interleave(layout.chunk, 1)
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
     got = predict(model, clean, noisy, timesteps, Prompts(embeds, prompt_of_frame), layout=layout, rotary=rotary)
@@ -75,19 +75,19 @@ def test_equals_the_cached_path(model, layout):
             want = cached_velocities(
                 model, clean[one], noisy[one, :, own], timesteps[one, own], embeds[one], prompt_of_frame[one], layout
             )
-            torch.testing.assert_close(got[one, :, own], want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got[one, :, own], want, atol=2e-4, rtol=2e-4)
 
 
 @torch.no_grad()
 def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
     torch.manual_seed(2)
-    clean = torch.randn(GEOMETRY.latent_shape(FRAMES), dtype=torch.float64)
-    noisy = torch.randn(GEOMETRY.latent_shape(FRAMES), dtype=torch.float64)
+    clean = torch.randn(GEOMETRY.latent_shape(FRAMES))
+    noisy = torch.randn(GEOMETRY.latent_shape(FRAMES))
     prompts = Prompts(
-        torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim, dtype=torch.float64), torch.zeros(1, FRAMES).long()
+        torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, FRAMES).long()
     )
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
-    timesteps = torch.full((1, FRAMES), 500.0, dtype=torch.float64)
+    timesteps = torch.full((1, FRAMES), 500.0)
     before = predict(model, clean, noisy, timesteps, prompts, layout=Layout(FRAMES, 1), rotary=rotary)
     clean[:, :, 3] += 1
     after = predict(model, clean, noisy, timesteps, prompts, layout=Layout(FRAMES, 1), rotary=rotary)
@@ -95,8 +95,26 @@ def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
     assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
 
 
-def test_bidirectional_frames_see_their_own_draw_only():
-    mask = Layout(3, 2, bidirectional=True).frame_mask()
-    assert mask[3:6, 3:6].all()
-    assert not mask[3:6, :3].any()
-    assert not mask[3:6, 6:].any()
+@torch.no_grad()
+def test_bidirectional_frames_see_all_of_their_draw_and_nothing_else(model):
+    clean_to_clean, draw_to_all = Layout(3, 2, bidirectional=True).masks()
+    assert clean_to_clean.all()
+    assert not draw_to_all[:, :3].any()
+    assert draw_to_all[:, 3:].all()
+
+
+@torch.no_grad()
+def test_draws_do_not_see_each_other(model):
+    torch.manual_seed(3)
+    clean = torch.randn(GEOMETRY.latent_shape(3))
+    noisy = torch.randn(GEOMETRY.latent_shape(6))
+    prompts = Prompts(
+        torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, 3).long()
+    )
+    rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
+    timesteps = torch.full((1, 6), 500.0)
+    before = predict(model, clean, noisy, timesteps, prompts, layout=Layout(3, 2), rotary=rotary)
+    noisy[:, :, 3:] += 1
+    after = predict(model, clean, noisy, timesteps, prompts, layout=Layout(3, 2), rotary=rotary)
+    assert torch.equal(before[:, :, :3], after[:, :, :3])
+    assert not torch.allclose(before[:, :, 3:], after[:, :, 3:])
