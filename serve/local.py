@@ -83,7 +83,7 @@ def _start_ray(*, verbose: bool) -> None:
                 logging_level=logging.INFO if verbose else logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
             )
-        except Exception as error:  # noqa: BLE001  (Ray raises a bare Exception when it runs out of time)
+        except Exception as error:  # Ray raises a bare Exception when it runs out of time
             ray.shutdown()
             if attempts_left == 0:
                 message = f"Ray did not start on this machine: {error}"

@@ -56,16 +56,21 @@ class Entry:
 class DecoderCache:
     """The entries of many sessions within a limit of bytes."""
 
-    def __init__(self, engine: DecoderEngine, limit_bytes: int) -> None:
-        self._engine = engine
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._entries: dict[str, Entry] = {}
 
-    def entry(self, session_id: str, height: int, width: int, now_s: float) -> Entry:
-        """Return the session's entry, a fresh one if it has none, and give up others if that is too much."""
-        entry = self._entries.pop(session_id, None) or Entry(self._engine.open(height, width))
-        entry.used_s = now_s
-        self._entries[session_id] = entry  # the last one is the last used
+    def find(self, session_id: str, now_s: float) -> Entry | None:
+        """Return the session's entry, if it has one, and mark it as used."""
+        entry = self._entries.pop(session_id, None)
+        if entry is not None:
+            entry.used_s = now_s
+            self._entries[session_id] = entry  # the last one is the last used
+        return entry
+
+    def add(self, session_id: str, stream: DecoderStream, now_s: float) -> Entry:
+        """Return a new entry for a session, and give up others if that is too much."""
+        entry = self._entries[session_id] = Entry(stream, used_s=now_s)
         self._evict(entry, now_s)
         return entry
 
@@ -91,20 +96,22 @@ class DecoderCache:
             del self._entries[session_id]
 
 
-class VaeDecoder:
-    """A Serve replica that holds the VAE and the temporal caches of several sessions."""
+class DecoderService:
+    """Decodes and encodes for many sessions, on one thread each."""
 
-    async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+    def __init__(self, engine: DecoderEngine, replica_id: str, cache_bytes: int, device: ThreadPoolExecutor) -> None:
+        self._engine = engine
+        self._replica_id = replica_id
+        self._device = device
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        loop = asyncio.get_running_loop()
-        self._engine = await loop.run_in_executor(self._device, load_decoder, config)
-        self._cache = DecoderCache(self._engine, config.vae_decoder.cache_bytes)
-        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self.cache = DecoderCache(cache_bytes)
 
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return a chunk's encoded frames, or NEED_PRIME."""
-        entry = self._cache.entry(request.session_id, request.height, request.width, time.monotonic())
+        entry = self.cache.find(request.session_id, time.monotonic())
+        if entry is None:
+            stream = await _run(self._device, lambda: self._engine.open(request.height, request.width))
+            entry = self.cache.add(request.session_id, stream, time.monotonic())
         async with entry.lock:
             if entry.last is not None and entry.next_chunk == request.chunk_index + 1:
                 return entry.last
@@ -121,14 +128,6 @@ class VaeDecoder:
             entry.last = replace(answer, prime_s=prime_s)
             entry.next_chunk = request.chunk_index + 1
             return entry.last
-
-    async def close(self, request: CloseDecoder) -> None:
-        """Forget a session."""
-        self._cache.drop(request.session_id)
-
-    async def cached_sessions(self) -> int:
-        """Return the number of temporal caches."""
-        return len(self._cache)
 
     async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
         """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""
@@ -152,6 +151,28 @@ class VaeDecoder:
         pixels, decode_s = await _run(self._device, decode)
         frames, encode_s = await _run(self._encoder, encode)
         return Decoded(self._replica_id, frames, decode_s, encode_s)
+
+
+class VaeDecoder:
+    """A Serve replica that holds the VAE."""
+
+    async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config)
+        replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, device)
+
+    async def decode(self, request: DecodeRequest) -> Decoded:
+        """Return a chunk's encoded frames, or NEED_PRIME."""
+        return await self._service.decode(request)
+
+    async def close(self, request: CloseDecoder) -> None:
+        """Forget a session."""
+        self._service.cache.drop(request.session_id)
+
+    async def cached_sessions(self) -> int:
+        """Return the number of temporal caches."""
+        return len(self._service.cache)
 
 
 def encode_all(pixels: Sequence[Pixels], frame_format: FrameFormat, min_bytes: int) -> tuple[bytes, ...]:

@@ -1,0 +1,84 @@
+"""What a client may say when."""
+
+from __future__ import annotations
+
+import pytest
+
+from causal_forcing.errors import CausalForcingError
+from causal_forcing.prompts import PromptUpdate
+from protos.causal_forcing.v1 import video_pb2 as pb
+from serve.messages import Credit
+from serve.protocol import Conversation
+from serve.requests import SessionRequest
+from tests.serve.fakes import simulated
+
+PROMPT = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="a fox")])
+CONFIG = pb.StreamVideoRequest(config=pb.SessionConfig(prompt=PROMPT))
+SNOW = pb.StreamVideoRequest(prompt=PROMPT)
+PING = pb.StreamVideoRequest(ping=pb.Ping(nonce=3))
+END = pb.StreamVideoRequest(end=pb.End())
+FROM_THE_FUTURE = pb.StreamVideoRequest.FromString(b"\xfa\x3e\x00")
+
+
+def ack(chunk: int) -> pb.StreamVideoRequest:
+    return pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk))
+
+
+ILLEGAL = [
+    pytest.param([PING], "CONFIG_NOT_FIRST", "", id="ping first"),
+    pytest.param([SNOW], "CONFIG_NOT_FIRST", "", id="prompt first"),
+    pytest.param([ack(0)], "CONFIG_NOT_FIRST", "", id="ack first"),
+    pytest.param([END], "CONFIG_NOT_FIRST", "", id="end first"),
+    pytest.param([CONFIG, CONFIG], "CONFIG_REPEATED", "", id="config twice"),
+    pytest.param([CONFIG, SNOW, CONFIG], "CONFIG_REPEATED", "", id="config later"),
+    pytest.param([CONFIG, ack(3)], "INVALID_ACK", "ack.chunk_index", id="ack of a chunk that was not sent"),
+    pytest.param([CONFIG, ack(-1)], "INVALID_ACK", "ack.chunk_index", id="negative ack"),
+    pytest.param([CONFIG, ack(2), ack(1)], "INVALID_ACK", "ack.chunk_index", id="ack goes back"),
+    pytest.param([pb.StreamVideoRequest(config=pb.SessionConfig())], "INVALID_PROMPT", "prompt", id="no prompt"),
+    pytest.param(
+        [CONFIG, pb.StreamVideoRequest(prompt=pb.PromptUpdate())], "INVALID_PROMPT", "prompts", id="empty prompt"
+    ),
+]
+
+
+@pytest.mark.parametrize(("messages", "reason", "field"), ILLEGAL)
+def test_illegal_orders_are_refused_by_name(messages: list[pb.StreamVideoRequest], reason: str, field: str) -> None:
+    conversation = Conversation(simulated())
+    conversation.sent_chunk = 2
+    for message in messages[:-1]:
+        conversation.receive(message)
+    with pytest.raises(CausalForcingError) as caught:
+        conversation.receive(messages[-1])
+    assert caught.value.reason == reason
+    assert caught.value.metadata.get("field", "") == field
+
+
+def test_a_refused_config_leaves_the_conversation_unconfigured() -> None:
+    conversation = Conversation(simulated())
+    with pytest.raises(CausalForcingError):
+        conversation.receive(pb.StreamVideoRequest(config=pb.SessionConfig()))
+    with pytest.raises(CausalForcingError) as caught:
+        conversation.receive(PING)
+    assert caught.value.reason == "CONFIG_NOT_FIRST"
+
+
+def test_legal_messages_become_events() -> None:
+    conversation = Conversation(simulated())
+    assert conversation.receive(FROM_THE_FUTURE) is None
+    assert isinstance(conversation.receive(CONFIG), SessionRequest)
+    conversation.sent_chunk = 5
+    assert conversation.receive(ack(4)) == Credit(4)
+    assert conversation.receive(ack(4)) == Credit(4)
+    assert conversation.receive(PING) == pb.Ping(nonce=3)
+    assert isinstance(conversation.receive(END), pb.End)
+    assert conversation.receive(FROM_THE_FUTURE) is None
+
+
+def test_prompts_without_a_name_are_numbered() -> None:
+    conversation = Conversation(simulated())
+    first = conversation.receive(CONFIG)
+    second, third = conversation.receive(SNOW), conversation.receive(SNOW)
+    assert isinstance(first, SessionRequest)
+    assert isinstance(second, PromptUpdate)
+    assert isinstance(third, PromptUpdate)
+    assert [first.prompt.prompt_id, second.prompt_id, third.prompt_id] == ["prompt-0", "prompt-1", "prompt-2"]
