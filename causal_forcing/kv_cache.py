@@ -14,8 +14,7 @@ on position differences alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -65,21 +64,28 @@ class CacheCursor:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where one forward pass reads and writes, as host integers.
+    """Where one forward pass reads and writes.
+
+    The rows to write are a tensor, made on the device, so that one compiled graph writes anywhere.
 
     Attributes:
         start: Position of its first new frame.
-        frames: New frames.
-        runs: ``(first cache row, first new token, rows)`` for each contiguous stretch to write.
+        slots: The cache's frame that each new frame goes to.
+        rows: ``[L]`` int64, the cache row of each new token: those of ``slots``.
         visible_rows: Rows that attention reads, from row 0; the new ones are among them.
-        sink_tokens: ``(first cache row, first new token, rows)`` of new sink tokens, or None.
+        sink_tokens: How many of the new tokens, from the first, are the sink's and are also kept un-rotated.
     """
 
     start: int
-    frames: int
-    runs: tuple[tuple[int, int, int], ...]
+    slots: tuple[int, ...]
+    rows: Tensor = field(compare=False, repr=False)
     visible_rows: int
-    sink_tokens: tuple[int, int, int] | None
+    sink_tokens: int
+
+    @property
+    def frames(self) -> int:
+        """New frames."""
+        return len(self.slots)
 
 
 class KeyValueCache:
@@ -133,14 +139,14 @@ class KeyValueCache:
                 reason="STREAM_FULL",
             )
         tokens = layout.tokens_per_frame
-        slots = [self._slot(cursor.end + i) for i in range(frames)]
+        slots = tuple(self._slot(cursor.end + i) for i in range(frames))
         new_sink = max(0, min(frames, cursor.origin + layout.sink_frames - cursor.end))
         return CachePlan(
             start=cursor.end,
-            frames=frames,
-            runs=_runs(slots, tokens),
+            slots=slots,
+            rows=torch.cat([torch.arange(s * tokens, (s + 1) * tokens, device=self.keys[0].device) for s in slots]),
             visible_rows=min(held, layout.capacity) * tokens,
-            sink_tokens=(slots[0] * tokens, 0, new_sink * tokens) if new_sink and self.sink_keys else None,
+            sink_tokens=new_sink * tokens if self.sink_keys else 0,
         )
 
     def sink_positions(self, plan: CachePlan) -> range | None:
@@ -165,14 +171,15 @@ class KeyValueCache:
             values: The same shape.
             plan: Of this pass.
         """
-        for row, token, rows in plan.runs:
-            self.keys[layer][:, :, row : row + rows] = keys[:, :, token : token + rows]
-            self.values[layer][:, :, row : row + rows] = values[:, :, token : token + rows]
+        self.keys[layer].index_copy_(2, plan.rows, keys)
+        self.values[layer].index_copy_(2, plan.rows, values)
 
     def read(self, layer: int, plan: CachePlan) -> tuple[Tensor, Tensor]:
         """Return views of the keys and values that a pass attends to, ``[1, H, visible_rows, D]``."""
-        rows = plan.visible_rows
-        return self.keys[layer][:, :, :rows], self.values[layer][:, :, :rows]
+        keys, values, rows = self.keys[layer], self.values[layer], plan.visible_rows
+        if rows == keys.shape[2]:  # said explicitly for the compiler: a full window is a graph of static shapes
+            return keys, values
+        return keys[:, :, :rows], values[:, :, :rows]
 
     def advance(self, plan: CachePlan) -> None:
         """Commit a plan: its frames are now part of the past."""
@@ -237,15 +244,3 @@ class KeyValueCache:
         if position < self.cursor.origin + sink:
             return position - self.cursor.origin
         return sink + (position - self.cursor.ring_start) % self.layout.ring_frames
-
-
-def _runs(slots: Sequence[int], tokens: int) -> tuple[tuple[int, int, int], ...]:
-    """Merge consecutive slots into contiguous stretches of rows."""
-    runs: list[tuple[int, int, int]] = []
-    for i, slot in enumerate(slots):
-        if runs and runs[-1][0] + runs[-1][2] == slot * tokens:
-            row, token, rows = runs[-1]
-            runs[-1] = (row, token, rows + tokens)
-        else:
-            runs.append((slot * tokens, i * tokens, tokens))
-    return tuple(runs)

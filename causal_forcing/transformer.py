@@ -83,10 +83,8 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` normalised; the mean square is taken in float32."""
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (x32 * scale).to(x.dtype) * self.weight
+        """Return ``x`` normalised in float32, rounded to its own dtype, and only then scaled, like the reference."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -162,9 +160,9 @@ class TransformerBlock(nn.Module):
     def _remember(self, y: Tensor, context: ChunkContext) -> None:
         cache, plan, rotation = context.cache, context.plan, context.rotation
         keys = self.self_attn.keys(y)
-        if plan.sink_tokens is not None:
-            row, token, rows = plan.sink_tokens
-            cache.sink_keys[self.layer][:, :, row : row + rows] = keys[:, token : token + rows].transpose(1, 2)
+        if plan.sink_tokens:
+            sink_keys = keys[:, : plan.sink_tokens].transpose(1, 2)
+            cache.sink_keys[self.layer].index_copy_(2, plan.rows[: plan.sink_tokens], sink_keys)
         values = self.self_attn.values(y).transpose(1, 2)
         cache.write(self.layer, rotate(keys, rotation).transpose(1, 2), values, plan)
 
