@@ -62,7 +62,7 @@ class Chunk:
 
 
 class Session:
-    """One user's stream.
+    """One user's stream. Its calls must not overlap; different sessions of one engine may take turns in any order.
 
     Attributes:
         engine: The shared weights.

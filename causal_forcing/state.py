@@ -91,11 +91,13 @@ class PromptState:
             raise SessionStateError("the session has no prompt yet", reason="NO_PROMPT")
         if self.chunk == chunk and not (full and self.waiting is not None):
             return None
-        self.chunk = chunk
+        change: PromptChange | None = None
         if self.waiting is not None:
-            (update, target), self.waiting = self.waiting, None
-            return self._switch(update, target)
-        return None if self.target is None else self._step(is_first=False)
+            change = self._switch(*self.waiting)
+        elif self.target is not None:
+            change = self._step()
+        self.chunk, self.waiting = chunk, None
+        return change
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors it holds, by name."""
@@ -105,24 +107,26 @@ class PromptState:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _switch(self, update: PromptUpdate, target: Tensor) -> PromptChange:
-        source = self.embeds
-        self.update, self.announced, self.step = update, False, 0
+        source: Tensor | None = self.embeds
         if source is None or update.transition_chunks <= 1 or is_negligible(source, target):
-            self.embeds, self.source, self.target = target, None, None
-            return PromptChange(target, update.policy, is_first=True)
-        self.source, self.target = source, target
-        return self._step(is_first=True)
+            source, embeds = None, target
+        else:
+            embeds = interpolate(source, target, 1 / update.transition_chunks, update.transition)
+        # Nothing from here on can fail, so a boundary that breaks off has not begun.
+        self.update, self.announced, self.step, self.embeds = update, False, 1, embeds
+        self.source, self.target = source, None if source is None else target
+        return PromptChange(embeds, update.policy, is_first=True)
 
-    def _step(self, *, is_first: bool) -> PromptChange:
+    def _step(self) -> PromptChange:
         assert self.update is not None
         assert self.source is not None
         assert self.target is not None
-        self.step += 1
-        share = self.step / self.update.transition_chunks
+        share = (self.step + 1) / self.update.transition_chunks
         self.embeds = interpolate(self.source, self.target, share, self.update.transition)
+        self.step += 1
         if share >= 1:
             self.source = self.target = None
-        return PromptChange(self.embeds, self.update.policy, is_first=is_first)
+        return PromptChange(self.embeds, self.update.policy, is_first=False)
 
 
 @dataclass
