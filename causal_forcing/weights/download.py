@@ -32,6 +32,7 @@ class PlannedFile:
         file: Where it comes from; revision, size and hash completed by what the Hub said.
         target: Where it goes.
         present: Whether a file of the right size is there already; it is verified, not fetched.
+        missing_bytes: Bytes that had to be fetched when the download was planned.
         url: What to fetch, or None when nothing is fetched.
         etag: The Hub's identifier of the contents, or None when the Hub was not asked.
     """
@@ -40,6 +41,7 @@ class PlannedFile:
     file: CheckpointFile
     target: Path
     present: bool
+    missing_bytes: int = 0
     url: str | None = None
     etag: str | None = None
 
@@ -47,14 +49,6 @@ class PlannedFile:
     def partial(self) -> Path:
         """Where an unfinished download is kept, to be resumed."""
         return self.target.with_name(f".{self.target.name}.{(self.etag or 'unknown')[:16]}.partial")
-
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes still to fetch."""
-        if self.present:
-            return 0
-        have = self.partial.stat().st_size if self.partial.exists() else 0
-        return max(0, (self.file.size_bytes or 0) - have)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class DownloadPlan:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes still to fetch."""
+        """Bytes to fetch."""
         return sum(file.missing_bytes for file in self.files)
 
 
@@ -184,7 +178,11 @@ def _plan(part: str, file: CheckpointFile, folder: Path, offline: bool, endpoint
         raise BadCheckpoint(f"{target}: {state}, and the network is off limits", reason="CHECKPOINT_MISSING")
     complete, url, etag = _ask_hub(file, endpoint)
     present = target.is_file() and target.stat().st_size == complete.size_bytes
-    return PlannedFile(part, complete, target, present, url, etag)
+    planned = PlannedFile(part, complete, target, present, url=url, etag=etag)
+    if present:
+        return planned
+    have = planned.partial.stat().st_size if planned.partial.exists() else 0
+    return replace(planned, missing_bytes=max(0, (complete.size_bytes or 0) - have))
 
 
 def _ask_hub(file: CheckpointFile, endpoint: str | None) -> tuple[CheckpointFile, str, str | None]:
