@@ -20,7 +20,13 @@ UNTRAINED = "model {} has random weights: the video shows noise, not the prompt"
 
 
 class FrameSink(Protocol):
-    """Where frames go, e.g. a :class:`causal_forcing.media.FrameWriter`."""
+    """Where frames go, e.g. a :class:`causal_forcing.media.FrameWriter`.
+
+    Attributes:
+        metadata: Texts stored with the frames, filled before the first one.
+    """
+
+    metadata: dict[str, str]
 
     def write(self, frames: Frames) -> None:
         """Take ``[f, H, W, 3]`` uint8 RGB."""
@@ -130,13 +136,21 @@ class Viewer:
                     self._say(f"waiting for a generator: {event.sessions_ahead} ahead, {event.waited_s:.0f} s")
             case Started():
                 measured.started_s = measured.now_s()
-                if not event.model.trained:
-                    self._say(UNTRAINED.format(event.model.name))
+                self._started(event)
             case PromptApplied():
                 self.prompts.append(event)
                 self._say(f"prompt {event.prompt_id} takes effect at chunk {event.chunk_index}")
             case Frame():
                 self._frame(event)
+
+    def _started(self, event: Started) -> None:
+        name = event.model.name
+        if not event.model.trained:
+            self._say(UNTRAINED.format(name))
+        if self.sink is not None:
+            self.sink.metadata["title"] = f"Causal Forcing, preset {name}"
+            if not event.model.trained:
+                self.sink.metadata["comment"] = "RANDOM WEIGHTS: this model has not been trained."
 
     def _frame(self, frame: Frame) -> None:
         self.measured.add(frame)
