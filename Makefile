@@ -22,6 +22,7 @@ setup: $(STAMP) ## Create .venv with the pinned environment (again only when the
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@echo 'installing the pinned environment into $(VENV): some minutes, once'
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev]'
 	touch $@
 
