@@ -26,25 +26,17 @@ from causal_forcing.training.model import WINDOW_FRAMES, Generator, add_noise, d
 from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
 
 SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, warmup=50, decay_from=0.6, ema=0.998)
-CLIPS = 6
+CLIPS = 4
 DRAWS = 3
 CONTEXT_NOISE = 0.1
 """Most noise mixed into the clean context, so that the model forgives its own small errors."""
 
-SCENE_START_SHARE = 0.5
-"""Share of crops that begin with the clip's first frame, which is one pixel frame; the others are mid-stream."""
 
-
-def crop(
-    values: data.Latents, rng: np.random.Generator, *, clips: int, frames: int
-) -> tuple[Tensor, list[str], Tensor]:
-    """Return a random batch: latents ``[B, 16, F, h, w]``, two captions a clip, and each frame's caption ``[B, F]``."""
-    chosen = rng.integers(len(values.clips), size=clips)
-    last = values.values.shape[2] - frames
-    starts = [0 if rng.random() < SCENE_START_SHARE else int(rng.integers(0, last + 1)) for _ in chosen]
-    batch = torch.stack([values.values[i, :, s : s + frames] for i, s in zip(chosen, starts, strict=True)])
-    texts, of_frame = data.prompts_of([values.clips[i] for i in chosen], starts, frames, rng)
-    return batch, texts, of_frame
+def batch(values: data.Latents, rng: np.random.Generator, clips: int) -> tuple[Tensor, list[str], Tensor]:
+    """Return random clips: latents ``[B, 16, F, h, w]``, two captions a clip, and each frame's caption ``[B, F]``."""
+    chosen = [int(index) for index in rng.integers(len(values.clips), size=clips)]
+    texts, of_frame = data.prompts_of([values.clips[i] for i in chosen], values.values.shape[2], rng)
+    return values.values[chosen], texts, of_frame
 
 
 def blurred_context(clean: Tensor, random: StepRandom) -> Tensor:
@@ -55,7 +47,7 @@ def blurred_context(clean: Tensor, random: StepRandom) -> Tensor:
 
 def objective(generator: Generator, values: data.Latents, layout: Layout, random: StepRandom) -> dict[str, Tensor]:
     """Return the velocity error of one random batch."""
-    clean, texts, of_frame = crop(values, random.numpy, clips=CLIPS, frames=layout.frames)
+    clean, texts, of_frame = batch(values, random.numpy, CLIPS)
     levels = draw_levels((CLIPS, layout.draws * layout.frames // layout.chunk), random.torch)
     if layout.bidirectional:
         levels = levels.view(CLIPS, layout.draws, -1)[:, :, :1].expand(-1, -1, layout.frames).flatten(1)
@@ -88,7 +80,7 @@ def train(
     generator = new_generator(root, seed, preset)
     folder = root / ("bidirectional" if bidirectional else "ar")
     run = Run(folder, generator.parameters, schedule, seed)
-    layout = Layout(WINDOW_FRAMES, DRAWS, bidirectional=bidirectional)
+    layout = Layout(values.values.shape[2], DRAWS, window=WINDOW_FRAMES, bidirectional=bidirectional)
     run.train(lambda _step, random: objective(generator, values, layout, random), until=until)
     return run
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from causal_forcing.flow import SHIFT
 from causal_forcing.presets import Preset
 from causal_forcing.training import latents as data
-from causal_forcing.training.ar import CLIPS, blurred_context, crop
+from causal_forcing.training.ar import CLIPS, batch, blurred_context
 from causal_forcing.training.loop import DEFAULT_ROOT, Run, Schedule, StepRandom, background_process
 from causal_forcing.training.model import WINDOW_FRAMES, Generator, add_noise, load_stage, new_generator
 from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
@@ -42,7 +42,7 @@ def objective(
     teacher: Generator, student: Generator, values: data.Latents, layout: Layout, random: StepRandom
 ) -> dict[str, Tensor]:
     """Return how far the student is from saying the same at two neighbouring noise levels."""
-    clean, texts, of_frame = crop(values, random.numpy, clips=CLIPS, frames=layout.frames)
+    clean, texts, of_frame = batch(values, random.numpy, CLIPS)
     levels = grid_levels()
     index = torch.randint(len(levels) - 1, (CLIPS, layout.draws * layout.frames), generator=random.torch)
     sigma, lower = levels[index], levels[index + 1]
@@ -87,7 +87,7 @@ def train(
     folder = root / ("cd" if teacher_stage == "ar" else f"cd-{teacher_stage}")
     moving = {name: value for name, value in student.parameters.items() if name.startswith("transformer.")}
     run = Run(folder, moving, schedule, seed)
-    layout = Layout(WINDOW_FRAMES, DRAWS)
+    layout = Layout(values.values.shape[2], DRAWS, window=WINDOW_FRAMES)
     run.train(lambda _step, random: objective(teacher, student, values, layout, random), until=until)
     return run
 

@@ -30,7 +30,7 @@ from causal_forcing.training.loop import DEFAULT_ROOT, background_process, step_
 from causal_forcing.training.vae import CONFIG, to_video
 
 CLIP_FRAMES = 12
-"""Latent frames of a clip."""
+"""Latent frames of a clip: more than the attention window, so that training sees frames evicted."""
 
 SHARD_CLIPS = 32
 ENCODE_CLIPS = 4
@@ -140,24 +140,21 @@ def load(folder: Path) -> Latents:
     return Latents(normalised, clips, tuple(mean.tolist()), tuple(std.tolist()), digest.hexdigest())
 
 
-def prompts_of(
-    clips: Sequence[Clip], starts: Sequence[int], frames: int, rng: np.random.Generator
-) -> tuple[list[str], Tensor]:
-    """Return two captions per clip and which of them each frame of a crop was made under.
+def prompts_of(clips: Sequence[Clip], frames: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
+    """Return two captions per clip and which of them each frame was made under.
 
     Args:
         clips: The batch.
-        starts: First latent frame of each crop.
-        frames: Latent frames of a crop.
+        frames: Latent frames of a clip.
         rng: Draws the wording.
 
     Returns:
         ``2 * len(clips)`` captions (the second repeats the scene where there is no change) and ``[B, frames]`` int64.
     """
     texts, of_frame = [], []
-    for clip, start in zip(clips, starts, strict=True):
+    for clip in clips:
         texts += [captions.caption(clip.scenes[0], rng), captions.caption(clip.scenes[-1], rng)]
-        of_frame.append([int(start + frame >= clip.switch) for frame in range(frames)])
+        of_frame.append([int(frame >= clip.switch) for frame in range(frames)])
     return texts, torch.tensor(of_frame)
 
 

@@ -27,7 +27,7 @@ from causal_forcing.transformer import CausalTransformer
 GEOMETRY = Geometry(SIDE, SIDE)
 
 WINDOW_FRAMES = 8
-"""Latent frames of a training crop, and so the longest context the generator knows."""
+"""Latent frames that attention sees, in training as in use: one period of the world's motions."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ PRESET = dataclasses.replace(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=1, text_len=64
     ),
 )
-SCHEDULE = Schedule(steps=8, learning_rate=5e-3, warmup=2, save_every=4)
+SCHEDULE = Schedule(steps=4, learning_rate=5e-3, warmup=2, save_every=2)
 UNSEEN = 1000
 """A step whose batch no run has trained on."""
 
@@ -107,7 +107,7 @@ def test_a_stage_resumes_bit_for_bit(root, tmp_path, stage):
             stages(root)["ar"](folder, 2)
     train = stages(root)[stage]
     train(whole, None)
-    train(broken, 4)
+    train(broken, 2)
     train(broken, None)
     assert_same(tensors(whole / stage), tensors(broken / stage))
     assert [r["loss"] for r in read_log(whole / stage)] == [r["loss"] for r in read_log(broken / stage)]
@@ -128,7 +128,7 @@ def test_the_vae_learns(tmp_path):
 
 def test_the_light_vae_learns_the_latents_of_the_large_one(root, tmp_path):
     branch(root, tmp_path)
-    long = dataclasses.replace(SCHEDULE, steps=20, learning_rate=1e-2)
+    long = dataclasses.replace(SCHEDULE, steps=12, learning_rate=1e-2)
     large = load_file(root / "vae" / "ema.safetensors")
 
     def loss(parameters):
@@ -148,7 +148,7 @@ def test_the_generator_learns(root, tmp_path, bidirectional):
     branch(root, tmp_path)
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2)
     values = latents.load(root / "latents")
-    layout = ar.Layout(3, 2, bidirectional=bidirectional)
+    layout = ar.Layout(5, 2, window=3, bidirectional=bidirectional)
 
     def loss(run):
         generator = model.new_generator(tmp_path, 4, PRESET)
@@ -165,7 +165,7 @@ def test_the_student_becomes_consistent(root, tmp_path):
     ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=2e-3)
     run = cd.train(tmp_path, preset=PRESET, schedule=long)
-    values, layout = latents.load(root / "latents"), cd.Layout(3, 2)
+    values, layout = latents.load(root / "latents"), cd.Layout(5, 2, window=3)
     teacher, student = (model.new_generator(tmp_path, 5, PRESET) for _ in range(2))
     for generator in (teacher, student):
         generator.load(model.load_stage(tmp_path, "ar"))

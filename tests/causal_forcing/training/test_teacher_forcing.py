@@ -83,9 +83,7 @@ def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
     torch.manual_seed(2)
     clean = torch.randn(GEOMETRY.latent_shape(FRAMES))
     noisy = torch.randn(GEOMETRY.latent_shape(FRAMES))
-    prompts = Prompts(
-        torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, FRAMES).long()
-    )
+    prompts = Prompts(torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, FRAMES).long())
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
     timesteps = torch.full((1, FRAMES), 500.0)
     before = predict(model, clean, noisy, timesteps, prompts, layout=Layout(FRAMES, 1), rotary=rotary)
@@ -108,9 +106,7 @@ def test_draws_do_not_see_each_other(model):
     torch.manual_seed(3)
     clean = torch.randn(GEOMETRY.latent_shape(3))
     noisy = torch.randn(GEOMETRY.latent_shape(6))
-    prompts = Prompts(
-        torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, 3).long()
-    )
+    prompts = Prompts(torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, 3).long())
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
     timesteps = torch.full((1, 6), 500.0)
     before = predict(model, clean, noisy, timesteps, prompts, layout=Layout(3, 2), rotary=rotary)
