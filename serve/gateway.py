@@ -85,11 +85,16 @@ class Gateway:
 
     def _refusal(self, peer: str) -> CausalForcingError | None:
         """Return why a caller gets no session at all, or None."""
-        if self._config.peers == "loopback" and not peer.startswith(LOOPBACK):
+        if self._config.peers == "loopback" and not is_local(peer):
             return NotAllowed("this service answers callers on its own machine only (peers: loopback)")
         if len(self._sessions) >= self._config.gateway.max_sessions:
             return NoCapacity(f"this gateway carries {len(self._sessions)} sessions, its limit")
         return None
+
+
+def is_local(peer: str) -> bool:
+    """Return whether a peer, as gRPC writes it, is on this machine."""
+    return peer.startswith(LOOPBACK)
 
 
 def set_status(context: RayServegRPCContext, status: Failure | pb.Error | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from causal_forcing.errors import InvalidRequest
@@ -55,23 +54,37 @@ def run(args: argparse.Namespace) -> int:
 def view(server: str, options: StreamOptions, viewer: Viewer, output: Path | None) -> int:
     """Run one session and write its frames to a file, if one is given; return an exit status.
 
+    What has come before a failure or an interrupt is kept.
+
     Raises:
         InvalidRequest: If nothing can be written there.
     """
-    if output is not None:
-        from causal_forcing.media import open_writer
+    if output is None:
+        return _watch(server, options, viewer)
+    from causal_forcing.media import open_writer
 
-        writer = open_writer(output)
-    with nullcontext() if output is None else writer as sink:
-        viewer.sink = sink
-        try:
-            with VideoClient(server) as client, client.stream(options) as session:
-                viewer.watch(session)
-        except VideoServiceError as error:
-            print(f"causal-forcing: {error}", file=sys.stderr)
-            return EXIT_FAILED
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+    writer = viewer.sink = open_writer(output)
+    try:
+        status = _watch(server, options, viewer)
+    except BaseException:
+        writer.discard()
+        raise
+    if writer.frame_count:
+        writer.close()
+    else:
+        writer.discard()
+    return status
+
+
+def _watch(server: str, options: StreamOptions, viewer: Viewer) -> int:
+    try:
+        with VideoClient(server) as client, client.stream(options) as session:
+            viewer.watch(session)
+    except VideoServiceError as error:
+        print(f"causal-forcing: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -1,0 +1,164 @@
+"""The clients against a real gRPC server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import grpc
+import numpy as np
+import pytest
+
+from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
+from serve.client import (
+    AsyncVideoClient,
+    Ended,
+    Event,
+    Frame,
+    PromptApplied,
+    Queued,
+    Started,
+    StreamOptions,
+    VideoClient,
+    VideoServiceError,
+)
+from serve.client.events import prompt_to_proto
+from serve.errors import Unavailable
+from serve.requests import parse_prompt
+from serve.simulated import mark
+from tests.serve.fakes import FakeBackends, simulated
+from tests.serve.server import serving, serving_in_background
+
+
+async def test_a_session_with_a_prompt_switch() -> None:
+    backends, events = FakeBackends(), list[Event]()
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox", seed=3, codec="png")) as session,
+    ):
+        async for event in session:
+            events.append(event)
+            if isinstance(event, Frame) and event.last_in_chunk and event.chunk_index == 1:
+                name = await session.update_prompt("snow")
+            if isinstance(event, Frame) and event.prompt_id == "prompt-1":
+                await session.end()
+    assert [type(event) for event in events[:4]] == [Queued, Started, PromptApplied, Frame]
+    frames = [event for event in events if isinstance(event, Frame)]
+    assert [frame.frame_index for frame in frames] == list(range(len(frames)))
+    applied = [event for event in events if isinstance(event, PromptApplied)]
+    assert [entry.prompt_id for entry in applied] == ["prompt-0", name]
+    ended = events[-1]
+    assert isinstance(ended, Ended)
+    assert ended.reason == "CLIENT"
+    assert frames[0].pixels().shape == (64, 64, 3)
+    assert frames[5].pixels()[0, 0, 0] == mark(3) % 256
+    assert backends.is_clean
+
+
+async def test_leaving_the_block_ends_the_session_on_the_server() -> None:
+    backends = FakeBackends()
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox")) as session,
+    ):
+        async for event in session:
+            if isinstance(event, Frame):
+                break
+    assert backends.events[-1] == "leave"
+    assert backends.is_clean
+
+
+async def test_a_chunk_is_acknowledged_when_the_next_event_is_asked_for() -> None:
+    backends = FakeBackends(simulated(limits={"stall_timeout_s": 0.3}))
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox", credit_chunks=1)) as session,
+    ):
+        frames = 0
+        async for event in session:
+            frames += isinstance(event, Frame)
+            if frames == 13:
+                break
+    assert frames == 13
+
+
+async def test_a_refused_request_names_its_field() -> None:
+    async with (
+        serving(FakeBackends()) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox", height=480, width=832)) as session,
+    ):
+        with pytest.raises(VideoServiceError) as caught:
+            await anext(session)
+    error = caught.value
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (error.reason, error.field) == ("UNSUPPORTED_RESOLUTION", "height")
+    assert "must be one of 64x64" in error.message
+    assert error.error_id
+
+
+async def test_an_error_that_may_pass_says_when_to_come_back() -> None:
+    backends = FakeBackends(decode_failures=[Unavailable("died", reason="DECODER_LOST")])
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox")) as session,
+    ):
+        with pytest.raises(VideoServiceError) as caught:
+            async for _ in session:
+                pass
+    assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 2.0)
+
+
+async def test_a_server_that_is_not_there_is_an_error_without_a_reason() -> None:
+    async with AsyncVideoClient("127.0.0.1:1") as client, client.stream(StreamOptions("a fox")) as session:
+        with pytest.raises(VideoServiceError) as caught:
+            await anext(session)
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "")
+
+
+def test_a_status_without_a_message_keeps_its_reason() -> None:
+    error = VideoServiceError.from_status(grpc.StatusCode.UNAVAILABLE, "GATEWAY_LOST: the process died")
+    assert (error.reason, error.message) == ("GATEWAY_LOST", "the process died")
+
+
+def test_the_blocking_client_does_the_same() -> None:
+    backends, events = FakeBackends(), list[Event]()
+    with (
+        serving_in_background(backends) as address,
+        VideoClient(address) as client,
+        client.stream(StreamOptions("a fox", codec="raw_rgb24")) as session,
+    ):
+        for event in session:
+            events.append(event)
+            if isinstance(event, Frame) and event.chunk_index == 2 and event.last_in_chunk:
+                session.update_prompt("snow")
+            if isinstance(event, Frame) and event.prompt_id == "prompt-1" and event.last_in_chunk:
+                session.end()
+    assert isinstance(events[-1], Ended)
+    frames = [event for event in events if isinstance(event, Frame)]
+    assert np.array_equal(frames[1].pixels(), frames[2].pixels())
+    assert backends.is_clean
+
+
+def test_a_prompt_survives_the_way_to_the_server() -> None:
+    update = PromptUpdate(
+        (WeightedPrompt("a", 0.25), WeightedPrompt("b", 0.75)),
+        blend="slerp",  # type: ignore[arg-type]
+        transition_chunks=3,
+        policy=SwitchPolicy.RECACHE,
+        prompt_id="mine",
+    )
+    assert parse_prompt(prompt_to_proto(update), 1) == update
+
+
+def test_the_client_needs_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys, serve.client, serve.commands.viewing; "
+        "print([m for m in ('torch', 'ray', 'numpy', 'PIL', 'pydantic', 'av') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,63 @@
+"""The configuration: strict, and without options that can have no effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from causal_forcing.errors import InvalidRequest
+from serve.app import admission_name, app
+from serve.config import load_config
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"colour": "red"}, "colour", "Extra inputs are not permitted"),
+    ({"limits": {"max_sesion_s": 1}}, "limits.max_sesion_s", "Extra inputs are not permitted"),
+    ({"preset": "huge"}, "config", "preset"),
+    ({"vae": "none"}, "config", "vae"),
+    ({"sizes": [[60, 64]]}, "config", "multiple of 16"),
+    ({"generator": {"replicas": 0}}, "generator.replicas", "greater than or equal to 1"),
+    ({"limits": {"default_credit_chunks": 9}}, "limits", "must not exceed max_credit_chunks"),
+    ({"simulated": {"chunk_ms": 5}}, "config", "no effect without engine: simulated"),
+    ({"engine": "simulated", "device": "cuda"}, "config", "no effect on a simulated engine"),
+    ({"generator": {"num_gpus": 1}}, "config", "no effect on device: cpu"),
+    ({"grpc_port": 70000}, "grpc_port", "65535"),
+]
+
+
+@pytest.mark.parametrize(("fields", "where", "message"), REFUSED)
+def test_what_is_wrong_is_named(fields: dict[str, Any], where: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        load_config(None, **fields)
+    assert caught.value.metadata["field"] == where
+    assert message in caught.value.message
+
+
+def test_a_file_is_read_and_can_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("preset: tiny\ngenerator: {replicas: 3}\nlimits: {max_session_s: 60}\n")
+    config = load_config(path, grpc_port=9100)
+    assert (config.generator.replicas, config.limits.max_session_s, config.grpc_port) == (3, 60, 9100)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "\x00"])
+def test_a_file_that_is_not_a_mapping_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest):
+        load_config(path)
+    with pytest.raises(InvalidRequest):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_admission_belongs_to_one_version_of_the_application() -> None:
+    assert admission_name(load_config(None)) == admission_name(load_config(None))
+    assert admission_name(load_config(None)) != admission_name(load_config(None, generator={"replicas": 2}))
+
+
+def test_the_application_is_built_from_plain_arguments_and_refuses_unknown_ones() -> None:
+    assert app({"engine": "simulated"})
+    with pytest.raises(ValidationError):
+        app({"unknown": 1})

@@ -1,0 +1,199 @@
+"""One lease: credit, prompts, stopping, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import pytest
+
+from causal_forcing.errors import DeviceFault
+from serve.engines import GeneratorEngine
+from serve.generator import Lease
+from serve.mailbox import MailboxRoom
+from serve.messages import Credit, GeneratedChunk, LeaseEnded, LeaseEvent, LeaseRequest, SetPrompt, Stop
+from serve.simulated import SimulatedGenerator
+from tests.serve.fakes import RemoteMailbox, ScriptedEngine, embedding, simulated, update
+
+
+class BlockedEngine(ScriptedEngine):
+    """A device that is in the middle of a step until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.leave = threading.Event(), threading.Event()
+        self.was_told_to_stop = False
+
+    def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
+        self.entered.set()
+        self.leave.wait()
+        self.was_told_to_stop = should_stop()
+        return None
+
+
+@dataclass
+class Bench:
+    """A lease with its mailbox."""
+
+    engine: GeneratorEngine = field(default_factory=lambda: SimulatedGenerator(simulated()))
+    credit_chunks: int = 2
+    idle_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.room = MailboxRoom()
+        self.room.open("s")
+        config = simulated().model_preset.session_config(seed=1)
+        request = LeaseRequest(
+            "g", "s", config, self.credit_chunks, RemoteMailbox(self.room), idle_timeout_s=self.idle_timeout_s
+        )
+        self.worker = ThreadPoolExecutor(1)
+        self.lease = Lease(request, self.engine, self.worker)
+
+    def prompt(self, name: str) -> None:
+        new = embedding(name)
+        self.room.put("s", SetPrompt(update(prompt_id=name), (name,), (new,)))
+
+    async def next_chunk(self, events: AsyncGenerator[LeaseEvent]) -> GeneratedChunk:
+        event = await anext(events)
+        assert isinstance(event, GeneratedChunk), event
+        return event
+
+    async def nothing_comes(self, events: AsyncGenerator[LeaseEvent]) -> asyncio.Task[LeaseEvent]:
+        """Let everything that can run, run; return the wait for the next event, still waiting."""
+        task = asyncio.ensure_future(anext(events))
+        for _ in range(50):
+            await asyncio.sleep(0)
+            await asyncio.get_running_loop().run_in_executor(self.worker, lambda: None)
+        assert not task.done()
+        return task
+
+
+async def test_exactly_the_credit_is_generated_ahead() -> None:
+    bench = Bench(credit_chunks=2)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        indices = [(await bench.next_chunk(events)).index for _ in range(2)]
+        waiting = await bench.nothing_comes(events)
+        bench.room.put("s", Credit(0))
+        third = await waiting
+        assert isinstance(third, GeneratedChunk)
+        assert [*indices, third.index] == [0, 1, 2]
+        waiting = await bench.nothing_comes(events)
+        bench.room.put("s", Stop())
+        assert await waiting == LeaseEnded(None)
+    await bench.lease.close()
+
+
+async def test_nothing_is_generated_before_the_first_prompt() -> None:
+    bench = Bench()
+    async with aclosing(bench.lease.events()) as events:
+        waiting = await bench.nothing_comes(events)
+        bench.prompt("a")
+        first = await waiting
+        assert isinstance(first, GeneratedChunk)
+        assert (first.prompt_id, first.prompt_applied) == ("a", True)
+    await bench.lease.close()
+
+
+async def test_the_newest_prompt_is_applied_and_the_others_are_told() -> None:
+    bench = Bench(credit_chunks=1)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        first = await bench.next_chunk(events)
+        waiting = await bench.nothing_comes(events)
+        for name in "bcd":
+            bench.prompt(name)
+        bench.room.put("s", Credit(0))
+        second = await waiting
+        assert isinstance(second, GeneratedChunk)
+        bench.room.put("s", Credit(1))
+        third = await bench.next_chunk(events)
+    await bench.lease.close()
+    assert [(c.prompt_id, c.prompt_applied, c.superseded) for c in (first, second, third)] == [
+        ("a", True, ()),
+        ("d", True, ("b", "c")),
+        ("d", False, ()),
+    ]
+
+
+def test_a_stop_ends_a_chunk_between_two_steps() -> None:
+    session = SimulatedGenerator(simulated()).open(simulated().model_preset.session_config())
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    session.update_prompt(update(), [embedding("a")])
+    assert session.generate(should_stop) is None
+    assert len(asked) == 3
+
+
+async def test_closing_waits_for_the_step_under_way() -> None:
+    engine = BlockedEngine()
+    bench = Bench(engine=engine)
+    bench.prompt("a")
+    events = bench.lease.events()
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.to_thread(engine.entered.wait)
+    waiting.cancel()  # what Serve does when the gateway's call is cancelled
+    closing = asyncio.create_task(bench.lease.close())
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not closing.done()
+    engine.leave.set()
+    await closing
+    assert engine.was_told_to_stop
+
+
+async def test_a_device_fault_is_told_and_remembered() -> None:
+    bench = Bench(engine=ScriptedEngine([None, DeviceFault("cuda error")]), credit_chunks=8)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        await bench.next_chunk(events)
+        ended = await anext(events)
+    assert isinstance(ended, LeaseEnded)
+    assert ended.failure is not None
+    assert (ended.failure.code, ended.failure.reason) == ("UNAVAILABLE", "DEVICE_FAULT")
+    assert isinstance(bench.lease.error, DeviceFault)
+    await bench.lease.close()
+
+
+async def test_a_lost_mailbox_ends_the_lease() -> None:
+    bench = Bench(credit_chunks=1)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        await bench.next_chunk(events)
+        bench.room.close("s")
+        ended = await anext(events)
+    assert isinstance(ended, LeaseEnded)
+    assert ended.failure is not None
+    assert ended.failure.reason == "GATEWAY_LOST"
+    await bench.lease.close()
+
+
+async def test_a_gateway_that_leaves_the_lease_without_work_loses_it() -> None:
+    bench = Bench(credit_chunks=1, idle_timeout_s=0.01)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        await bench.next_chunk(events)
+        ended = await anext(events)
+    assert isinstance(ended, LeaseEnded)
+    assert ended.failure is not None
+    assert ended.failure.reason == "GATEWAY_LOST"
+    await bench.lease.close()
+
+
+@pytest.mark.parametrize("messages", [0, 3])
+async def test_a_stop_before_the_first_chunk_ends_the_lease(messages: int) -> None:
+    bench = Bench()
+    for number in range(messages):
+        bench.prompt(str(number))
+    bench.room.put("s", Stop())
+    async with aclosing(bench.lease.events()) as events:
+        assert [event async for event in events] == [LeaseEnded(None)]
+    await bench.lease.close()

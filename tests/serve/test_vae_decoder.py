@@ -1,0 +1,153 @@
+"""Temporal caches: idempotent, primed exactly, within their bytes, and never wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from causal_forcing.config import VaeConfig
+from causal_forcing.geometry import Geometry
+from causal_forcing.media import to_frames
+from causal_forcing.vae import WanVae
+from serve.engines import ModelStream
+from serve.frames import Codec, FrameFormat, Pixels, decode_frame
+from serve.messages import Decoded, DecodeRequest, PackedTensor
+from serve.vae_decoder import IDLE_S, DecoderCache, DecoderService
+
+SIZE = 16
+
+
+class TinyDecoder:
+    """A real Wan decoder of very small width, with seeded weights."""
+
+    min_frame_bytes = 0
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.vae = WanVae(VaeConfig(base_dim=4)).eval()
+
+    def open(self, height: int, width: int) -> ModelStream:
+        return ModelStream(self.vae, self.vae.new_decoder_state(Geometry(height, width)))
+
+
+ENGINE = TinyDecoder()
+LATENTS = torch.randn(1, 16, 44, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(1))
+
+
+def service(cache_bytes: int = 1 << 40) -> DecoderService:
+    return DecoderService(ENGINE, "d", cache_bytes, ThreadPoolExecutor(1))
+
+
+def request(index: int, session: str = "s", **fields: Any) -> DecodeRequest:
+    latents = PackedTensor.pack(LATENTS[:, :, index : index + 1])
+    raw = FrameFormat(Codec.RAW_RGB24)
+    return replace(DecodeRequest("", session, index, latents, index == 0, SIZE, SIZE, raw), **fields)
+
+
+def history(before: int) -> PackedTensor:
+    return PackedTensor.pack(LATENTS[:, :, max(0, before - 38) : before])
+
+
+def pixels(answer: Decoded) -> list[Pixels]:
+    assert answer.frames is not None
+    return [decode_frame(Codec.RAW_RGB24, frame, SIZE, SIZE) for frame in answer.frames]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[Pixels]]:
+    state = ENGINE.vae.new_decoder_state(Geometry(SIZE, SIZE))
+    with torch.inference_mode():
+        return [list(to_frames(ENGINE.vae.decode(LATENTS[:, :, i : i + 1], state))) for i in range(LATENTS.shape[2])]
+
+
+def same(got: list[Pixels], wanted: list[Pixels]) -> bool:
+    return len(got) == len(wanted) and all(map(np.array_equal, got, wanted))
+
+
+async def test_chunks_in_order_are_what_the_vae_decodes(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    for index in range(4):
+        assert same(pixels(await decoder.decode(request(index))), expected[index])
+
+
+async def test_the_last_chunk_can_be_asked_for_again() -> None:
+    decoder = service()
+    await decoder.decode(request(0))
+    first = await decoder.decode(request(1))
+    assert await decoder.decode(request(1)) == first
+    assert (await decoder.decode(request(2))).frames is not None
+
+
+@pytest.mark.parametrize("index", [1, 5, 41])
+async def test_an_unknown_session_is_primed_to_exactly_the_same_pixels(
+    index: int, expected: list[list[Pixels]]
+) -> None:
+    decoder = service()
+    assert (await decoder.decode(request(index))).frames is None
+    primed = await decoder.decode(request(index, history=history(index)))
+    assert same(pixels(primed), expected[index])
+    assert primed.prime_s > 0
+    assert same(pixels(await decoder.decode(request(index + 1))), expected[index + 1])
+
+
+async def test_a_skipped_chunk_is_never_decoded_with_the_wrong_cache(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    await decoder.decode(request(0))
+    assert (await decoder.decode(request(2))).frames is None
+    assert same(pixels(await decoder.decode(request(2, history=history(2)))), expected[2])
+
+
+async def test_a_scene_begins_fresh(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    for index in range(3):
+        await decoder.decode(request(index))
+    again = request(0, chunk_index=3, starts_scene=True)
+    assert same(pixels(await decoder.decode(again)), expected[0])
+
+
+async def test_sessions_are_isolated(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    for index in range(3):
+        answers = await asyncio.gather(*(decoder.decode(request(index, session=name)) for name in "abc"))
+        assert all(same(pixels(answer), expected[index]) for answer in answers)
+    assert len(decoder.cache) == 3
+
+
+async def test_a_cancelled_call_is_followed_by_the_right_pixels(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    await decoder.decode(request(0))
+    call = asyncio.create_task(decoder.decode(request(1)))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    answer = await decoder.decode(request(1))
+    if answer.frames is None:
+        answer = await decoder.decode(request(1, history=history(1)))
+    assert same(pixels(answer), expected[1])
+
+
+async def test_a_full_cache_gives_up_the_longest_unused_and_recovers(expected: list[list[Pixels]]) -> None:
+    one = ENGINE.open(SIZE, SIZE).nbytes
+    decoder = service(cache_bytes=2 * one + 20_000)
+    for name in "abc":
+        await decoder.decode(request(0, session=name))
+    assert len(decoder.cache) == 2
+    assert (await decoder.decode(request(1, session="c"))).frames is not None
+    assert (await decoder.decode(request(1, session="a"))).frames is None
+    primed = await decoder.decode(request(1, session="a", history=history(1)))
+    assert same(pixels(primed), expected[1])
+
+
+def test_caches_of_sessions_whose_end_was_lost_go_away() -> None:
+    cache = DecoderCache(1 << 40)
+    cache.add("old", ENGINE.open(SIZE, SIZE), now_s=0.0)
+    cache.add("new", ENGINE.open(SIZE, SIZE), now_s=IDLE_S + 1)
+    assert len(cache) == 1
+    assert cache.find("old", IDLE_S + 1) is None
