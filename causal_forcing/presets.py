@@ -350,8 +350,8 @@ _TABLE = (
             vocab_size=512, d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=2, text_len=64
         ),
         vaes={
-            "wan": VaeConfig(base_dim=24),
-            "lightvae": VaeConfig(base_dim=6),
+            "wan": VaeConfig(base_dim=16, num_res_blocks=1),
+            "lightvae": VaeConfig(base_dim=4, num_res_blocks=1),
             "tae": TinyVaeConfig(channels=(64, 32, 16, 16)),
             "lighttae": TinyVaeConfig(channels=(32, 16, 8, 8), takes_normalised_latents=False),
         },
