@@ -28,6 +28,11 @@ from causal_forcing.sampler import Stopped
 from causal_forcing.script import ScheduledPrompt, schedule
 from causal_forcing.session import Chunk, Session
 from causal_forcing.weights import LoraFile
+from causal_forcing.weights.loading import default_dtype
+from causal_forcing.weights.memory import free_bytes, require_memory, required_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a model can compute in."""
 
 UNTRAINED = "preset {} has random weights: it has not been trained, and the video shows noise, not the prompt"
 
@@ -38,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights-dir", type=Path, help="folder of downloaded weights")
     parser.add_argument("--lora", action="append", metavar="FILE[::SCALE]", help="merge a LoRA into the generator")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="what to compute in (default: bfloat16 on cuda, else float32)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -49,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
     with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
+        dtype = DTYPES.get(args.dtype) or default_dtype(device)
+        require_memory(required_bytes(request.preset, request.vae, request.config, dtype), device, free=free_bytes)
         engine = Engine.load(
             request.preset,
             device=device,
+            dtype=dtype,
             vae=request.vae,
             weights_dir=args.weights_dir,
             loras=loras,

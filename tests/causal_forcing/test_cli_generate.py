@@ -191,6 +191,18 @@ def test_what_weights_to_use_is_checked_first(
     assert message in capsys.readouterr().err
 
 
+def test_a_machine_without_the_memory_is_refused_with_the_arithmetic(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: pytest.fail("loaded"))
+    monkeypatch.setattr(generate, "free_bytes", lambda _device: 10**6)
+    assert command("--prompt", "a fox") == 1
+    message = capsys.readouterr().err
+    assert "cpu has 1.00 MB free, but generator weights " in message
+    assert "(OUT_OF_MEMORY)" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_image_that_is_not_one_leaves_no_file(command, tmp_path: Path, capsys) -> None:
     (tmp_path / "start.png").write_text("not an image")
     assert command("--prompt", "a fox", "--image", "start.png") == 2
