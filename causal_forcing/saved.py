@@ -34,7 +34,7 @@ def config_from_json(values: dict[str, Any]) -> SessionConfig:
 
 def update_to_json(update: PromptUpdate) -> dict[str, Any]:
     """Return a prompt update as JSON values."""
-    return asdict(update)
+    return asdict(update) | {"prompts": [asdict(prompt) for prompt in update.prompts]}
 
 
 def update_from_json(values: dict[str, Any]) -> PromptUpdate:
