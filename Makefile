@@ -8,11 +8,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
-BENCHMARKS := grant_router gateway_path
+BENCHMARKS := grant_router gateway_path vae
 ARGS ?=
 
-.PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench readme-numbers \
-	constraints clean distclean
+.PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench full-size \
+	readme-numbers constraints clean distclean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ parity: $(STAMP) ## Compare the engine with golden tensors (GOLDEN=DIR).
 bench: $(STAMP) ## Measure everything again (minutes) and fill the README's table.
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=2 $(PYTHON) benchmarks/$$name.py $(ARGS); done
 	$(MAKE) readme-numbers
+
+full-size: $(STAMP) ## Load and run parts of the real sizes, with random weights (12 GB of disk and memory).
+	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/full_size.py $(ARGS)
 
 readme-numbers: $(STAMP) ## Fill the README's table from benchmarks/results.
 	$(PYTHON) benchmarks/readme.py

@@ -57,6 +57,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "download": Command("causal_forcing.commands.download", "fetch the weights of a preset"),
         "convert": Command("causal_forcing.commands.convert", "rewrite a checkpoint as safetensors"),
         "inspect": Command("causal_forcing.commands.inspect", "say what a weight file holds"),
+        "evaluate": Command("causal_forcing.commands.evaluate", "score a checkpoint of the embedded model's world"),
         "parity": Command("causal_forcing.commands.parity", "compare the engine with golden tensors"),
     }
 )

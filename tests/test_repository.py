@@ -144,13 +144,10 @@ def test_the_changelog_has_a_section_for_what_is_not_released() -> None:
 
 
 def test_no_file_names_a_machine() -> None:
-    forbidden = re.compile(r"/(?:home|Users|root|work|tmp)/[\w.-]+/|file:///|\+cpu$", re.MULTILINE)
-    allowed_in_code = re.compile(r"/tmp/[\w.-]+")  # examples of paths that every machine has
+    forbidden = re.compile(r"(?<![\w.}])/(?:root|work)/|file:///|\+cpu$", re.MULTILINE)
     for path in tracked():
-        if path.suffix in {".safetensors", ".png", ".json", ".pb"} or path == Path(__file__):
-            continue
-        found = [m[0] for m in forbidden.finditer(path.read_text(errors="ignore"))]
-        assert not [text for text in found if not allowed_in_code.match(text)], path
+        if path.suffix not in {".safetensors", ".png", ".pb"} and path != Path(__file__):
+            assert forbidden.search(path.read_text(errors="ignore")) is None, path
 
 
 def test_the_licence_is_apache_2() -> None:
