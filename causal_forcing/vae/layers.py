@@ -21,7 +21,7 @@ from causal_forcing.vae.state import StreamState
 
 _NORM_EPS = 1e-12
 
-_GROUP_BYTES = 4 << 20
+_GROUP_BYTES = 8 << 20
 """Frames of a layer are computed together up to this size, and one by one above it, where grouping gains no speed
 (measured) and costs memory. Results cannot come to depend on how a stream is split: only the frame size decides."""
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
         gamma: C values, any shape.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = math.sqrt(x.shape[-1]) / length.clamp(min=_NORM_EPS)
+    scale = math.sqrt(x.shape[-1]) / length.clamp_(min=_NORM_EPS)
     scaled: Tensor = x * scale
     return scaled.mul_(gamma.flatten())
 
