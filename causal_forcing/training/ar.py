@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--bidirectional", action="store_true", help="train the bidirectional teacher instead")
     arguments = parser.parse_args()
     background_process(arguments.root)
-    train(arguments.root, bidirectional=arguments.bidirectional)
+    raise SystemExit(train(arguments.root, bidirectional=arguments.bidirectional).exit_status)
 
 
 if __name__ == "__main__":

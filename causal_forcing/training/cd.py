@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--teacher", choices=("ar", "bidirectional"), default="ar", help="which teacher to distil")
     arguments = parser.parse_args()
     background_process(arguments.root)
-    train(arguments.root, teacher_stage=arguments.teacher)
+    raise SystemExit(train(arguments.root, teacher_stage=arguments.teacher).exit_status)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,11 @@ class Run:
         finally:
             signal.signal(signal.SIGTERM, previous)
 
+    @property
+    def exit_status(self) -> int:
+        """What the stage's process returns: 0, or 143 if it was told to stop, so that no later stage begins."""
+        return 128 + signal.SIGTERM if self.stopped else 0
+
     def _stop(self, _signal: int, _frame: FrameType | None) -> None:
         self.stopped = True
 
@@ -152,9 +157,8 @@ class Run:
         for name, value in targets.items():
             value.copy_(tensors[name])
         self.step = int(read_metadata(path)["step"])
-        log = self.folder / "log.jsonl"
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < self.step]
-        log.write_text("".join(f"{line}\n" for line in kept))
+        kept = [record for record in read_log(self.folder) if record["step"] < self.step]
+        (self.folder / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -165,8 +169,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """Return a run's log, one record an update."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """Return a run's log, one record an update; a last line that was cut off is left out."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

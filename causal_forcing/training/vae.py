@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
     root = parser.parse_args().root
     background_process(root)
-    train(root)
+    raise SystemExit(train(root).exit_status)
 
 
 if __name__ == "__main__":

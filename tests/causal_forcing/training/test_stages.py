@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -260,3 +262,29 @@ def test_the_optimizer_minimises():
         optimizer.step(step, 0.1 * (1 - step / 150))
     assert (value - target).norm() < 0.3 * target.norm()
     assert (bias - 1).abs().max() < 0.2
+
+
+def test_a_cut_off_log_line_does_not_prevent_resuming(tmp_path):
+    value = torch.zeros(3)
+    run = Run(tmp_path, {"a": value}, SCHEDULE, 0)
+    run.train(lambda _step, _random: {"loss": (value - 1).square().sum()}, until=2)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 2, "lo')
+    again = Run(tmp_path, {"a": torch.zeros(3)}, SCHEDULE, 0)
+    assert again.step == 2
+    assert [record["step"] for record in read_log(tmp_path)] == [0, 1]
+
+
+def test_a_run_stops_at_a_signal_and_keeps_what_it_has(tmp_path):
+    value = torch.zeros(3)
+    run = Run(tmp_path, {"a": value}, dataclasses.replace(SCHEDULE, steps=50, save_every=1000), 0)
+
+    def objective(step, _random):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": (value - 1).square().sum()}
+
+    run.train(objective)
+    assert run.step == 4
+    assert run.exit_status == 143
+    assert Run(tmp_path, {"a": torch.zeros(3)}, SCHEDULE, 0).step == 4
