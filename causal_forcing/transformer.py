@@ -145,17 +145,22 @@ class TransformerBlock(nn.Module):
             context: Of the chunk.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(0)
-        y = self._norm(x, shift1, scale1)
-        self._remember(y, context)
-        q = rotate(self.self_attn.queries(y), context.rotation).transpose(1, 2)
-        x = torch.addcmul(x, self.self_attn.attend(q, *context.cache.read(self.layer, context.plan)), gate1)
-        q = self.cross_attn.queries(self.norm3(x)).transpose(1, 2)
-        x = x + self.cross_attn.attend(q, context.text.keys[self.layer], context.text.values[self.layer])
+        x = torch.addcmul(x, self._attend_past(self._norm(x, shift1, scale1), context), gate1)
+        x = x + self._attend_prompt(self.norm3(x), context.text)
         return torch.addcmul(x, self.ffn(self._norm(x, shift2, scale2)), gate2)
 
     def remember(self, x: Tensor, modulation: Tensor, context: ChunkContext) -> None:
         """Write this block's keys and values of ``x`` into the cache and compute nothing else."""
         self._remember(self._norm(x, modulation[0], modulation[1]), context)
+
+    def _attend_past(self, y: Tensor, context: ChunkContext) -> Tensor:
+        self._remember(y, context)
+        q = rotate(self.self_attn.queries(y), context.rotation).transpose(1, 2)
+        return self.self_attn.attend(q, *context.cache.read(self.layer, context.plan))
+
+    def _attend_prompt(self, y: Tensor, text: TextMemory) -> Tensor:
+        q = self.cross_attn.queries(y).transpose(1, 2)
+        return self.cross_attn.attend(q, text.keys[self.layer], text.values[self.layer])
 
     def _remember(self, y: Tensor, context: ChunkContext) -> None:
         cache, plan, rotation = context.cache, context.plan, context.rotation
