@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from causal_forcing.cli import main
 from causal_forcing.parity import format_table, run_parity
 from tests.causal_forcing.builders import embedding, make_transformer
 from tests.causal_forcing.naive import NaiveStream, sigma_of
@@ -269,3 +270,12 @@ def test_the_table_shows_every_comparison_and_counts_failures(given, tmp_path):
     failed = run_parity(with_changed(tmp_path, "scheduler", perturb("sigmas")))
     assert "FAILED" in format_table(failed)
     assert format_table(failed).splitlines()[-1] == "5 comparisons, 1 failed"
+
+
+def test_the_command_exits_with_1_unless_all_was_compared(tmp_path, capsys):
+    assert main(["parity", str(folder_with(tmp_path, "scheduler"))]) == 0
+    assert "5 comparisons, 0 failed" in capsys.readouterr().out
+    (tmp_path / "unknown.bin").write_bytes(b"")
+    assert main(["parity", str(tmp_path)]) == 1
+    assert "6 comparisons, 1 failed" in capsys.readouterr().out
+    assert main(["parity", str(tmp_path / "absent")]) == 1
