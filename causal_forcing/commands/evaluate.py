@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from causal_forcing.config import SessionConfig
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.presets import get_preset
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     questions = _questions(args)
     evaluator = evaluation.Evaluator(engine, _overrides(args), args.seed)
     report: dict[str, Any] = {"format": FORMAT, "preset": engine.preset.name, "trained": engine.preset.trained}
-    report |= {"vae": args.vae, "settings": evaluator.config(0).denoising_steps}
+    report |= {"vae": args.vae, "settings": _settings(evaluator.config(0))}
     clips: list[evaluation.Frames] = []
     report["follow"] = evaluator.follow(questions, clips)
     if args.switches:
@@ -105,6 +106,11 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
             except ValueError:
                 raise InvalidRequest(name, text, "must be integers separated by commas") from None
     return overrides
+
+
+def _settings(config: SessionConfig) -> dict[str, Any]:
+    names = ("denoising_steps", "first_chunk_steps", "window_frames", "sink_frames", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 def _validate(engine: Engine, clips: int) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_export_loads_strictly_and_is_evaluated(root, tmp_path, monkeypatch, cap
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["follow"]["attributes"]["colour"]["count"] == 1
     assert set(report["switches"]) == {"cross_attention", "recache", "flush", "scene_cut"}
-    assert report["settings"] == [1000, 500]
+    assert report["settings"]["denoising_steps"] == [1000, 500]
     assert (tmp_path / "sheet.png").stat().st_size > 0
     assert "dynamic degree" in capsys.readouterr().out
 
