@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,29 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     at = min(len(ordered) - 1, int(0.99 * len(ordered)))
     return {"p50": round(statistics.median(ordered), 4), "p99": round(ordered[at], 4), "max": round(ordered[-1], 4)}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
+    low, high = min(values), max(values)
+    return {"median": round(statistics.median(values), 3), "min": round(low, 3), "max": round(high, 3)}
+
+
+@contextmanager
+def paused_training() -> Iterator[bool]:
+    """Stop a training that runs in the background meanwhile; say whether there was one."""
+    path = Path.home() / ".cache/causal-forcing/training/process_group"
+    try:
+        group = int(path.read_text())
+        os.killpg(group, signal.SIGSTOP)
+    except (OSError, ValueError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGCONT)
 
 
 def write(name: str, result: dict[str, Any]) -> None:

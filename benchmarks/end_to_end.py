@@ -1,0 +1,107 @@
+"""How fast the embedded model makes video in one process, by VAE type.
+
+    python benchmarks/end_to_end.py [--vae wan,lightvae] [--chunks 60]
+
+Always three numbers: frames a second of the transformer alone, of transformer and VAE, and the time to the first chunk
+(TTFC), with a full window. Frames a second over 16 is the real-time factor. A matrix multiplication is timed between
+the chunks; its speed says how much of the machine the run had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from _report import paused_training, spread, write
+
+from causal_forcing.engine import Engine
+from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE
+from causal_forcing.presets import get_preset
+from causal_forcing.prompts import PromptUpdate, WeightedPrompt
+
+MATRIX = 1024
+
+
+def measure(vae: str, chunks: int) -> dict[str, Any]:
+    """Return the speed of the embedded model with one VAE, its window full."""
+    engine = Engine.load("tiny", vae=vae)
+    fill = (engine.preset.window_frames or 0) // engine.preset.chunk_frames
+    _first_chunk_s(engine, 0)  # warms up
+    first_s = [_first_chunk_s(engine, number) for number in range(1, 6)]
+    session = engine.new_session()
+    session.update_prompt(_prompt(6))
+    matrix = torch.randn(MATRIX, MATRIX)
+    denoise_s, decode_s, matmul_s = [], [], []
+    for index in range(fill + chunks):
+        started = time.perf_counter()
+        chunk = session.generate_chunk()
+        denoised = time.perf_counter()
+        session.decode(chunk)
+        decoded = time.perf_counter()
+        matrix @ matrix
+        if index >= fill:
+            denoise_s.append(denoised - started)
+            decode_s.append(decoded - denoised)
+            matmul_s.append(time.perf_counter() - decoded)
+    frames = TEMPORAL_STRIDE * engine.preset.chunk_frames
+    whole_s = [a + b for a, b in zip(denoise_s, decode_s, strict=True)]
+    fps = frames / statistics.median(whole_s)
+    return {
+        "vae": vae,
+        "ttfc_ms": spread([1000 * s for s in first_s]),
+        "denoise_ms": spread([1000 * s for s in denoise_s]),
+        "decode_ms": spread([1000 * s for s in decode_s]),
+        "denoise_fps": round(frames / statistics.median(denoise_s), 1),
+        "fps": round(fps, 1),
+        "real_time_factor": round(fps / FRAMES_PER_SECOND, 2),
+        "matmul_gflops_per_s": round(2 * MATRIX**3 / statistics.median(matmul_s) / 1e9, 1),
+    }
+
+
+def _prompt(number: int) -> PromptUpdate:
+    """Return a prompt that the text encoder has not seen."""
+    return PromptUpdate((WeightedPrompt(f"{number} red circles move to the left over a white background"),))
+
+
+def _first_chunk_s(engine: Engine, number: int) -> float:
+    """Return the seconds from a new prompt to the pixels of the first chunk of a new session."""
+    started = time.perf_counter()
+    session = engine.new_session()
+    session.update_prompt(_prompt(number))
+    session.decode(session.generate_chunk())
+    return time.perf_counter() - started
+
+
+def readme_rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return what the README's table says."""
+    return [
+        {
+            "measure": f"embedded model in process at 64x64, `{r['vae']}`",
+            "value": (
+                f"{r['fps']} FPS ({r['real_time_factor']} x real time; {r['denoise_fps']} FPS without decoding), "
+                f"TTFC {r['ttfc_ms']['median']} ms, at {r['matmul_gflops_per_s']} GFLOP/s of matmul"
+            ),
+        }
+        for r in results
+    ]
+
+
+def main() -> None:
+    """Run every VAE type and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", default=",".join(get_preset("tiny").vaes), help="comma-separated VAE types")
+    parser.add_argument("--chunks", type=int, default=60, help="measured, after the window has filled")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with paused_training() as paused:
+        results = [measure(vae, arguments.chunks) for vae in arguments.vae.split(",")]
+    settings = {"threads": arguments.threads, "torch": torch.__version__, "training_paused": paused}
+    write("end_to_end", {"settings": settings, "vaes": results, "readme": readme_rows(results)})
+
+
+if __name__ == "__main__":
+    main()
