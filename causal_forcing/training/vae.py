@@ -27,7 +27,7 @@ CONFIG = VaeConfig(base_dim=16, num_res_blocks=1)
 LIGHT_CONFIG = VaeConfig(base_dim=4, num_res_blocks=1)
 """Sizes of the embedded ``lightvae``: a quarter of the channels."""
 
-SCHEDULE = Schedule(steps=1600, learning_rate=3e-3, decay_from=0.4, ema=0.995)
+SCHEDULE = Schedule(steps=1600, learning_rate=3e-3, decay_from=0.4, save_every=25, ema=0.995)
 KL_WEIGHT = 5e-4
 MOST_OBJECTS = 7
 OBJECT_CHROMA = 0.2
