@@ -24,17 +24,18 @@ def seeded_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
         module: Of any device, ``meta`` included; only names and shapes are read.
         seed: Of this part of the model.
     """
-    return {name: _draw(name, tensor, seed) for name, tensor in module.state_dict().items()}
+    return {name: draw_weight(name, tensor, seed) for name, tensor in module.state_dict().items()}
 
 
-def _draw(name: str, like: Tensor, seed: int) -> Tensor:
+def draw_weight(name: str, like: Tensor, seed: int) -> Tensor:
+    """Return one seeded float32 weight, by its name and shape."""
     owner, _, leaf = name.rpartition(".")
     if leaf in ("weight", "gamma") and (leaf == "gamma" or any(n in owner.rpartition(".")[2] for n in _NORMS)):
         return torch.ones(like.shape, device="cpu")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7]))
     values = torch.randn(like.shape, generator=generator, device="cpu")
-    return values * _std(name, leaf, like)
+    return values.mul_(_std(name, leaf, like))
 
 
 def _std(name: str, leaf: str, like: Tensor) -> float:
