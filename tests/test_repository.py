@@ -68,6 +68,14 @@ def test_every_command_in_the_documents_exists(name: str) -> None:
             assert words[command + 1] in cli.COMMANDS, line
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = tracked("*.md")
+    assert len(documents) > 5
+    for path in documents:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
 def test_the_readme_shows_both_main_commands() -> None:
     assert {"make demo", "make test"} <= {" ".join(c.split()[:2]) for c in commands_in(ROOT / "README.md")}
 
