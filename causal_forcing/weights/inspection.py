@@ -12,7 +12,7 @@ from torch import nn
 
 from causal_forcing.config import TextEncoderConfig, TinyVaeConfig, TransformerConfig, VaeConfig
 from causal_forcing.errors import BadCheckpoint
-from causal_forcing.presets import PRESETS
+from causal_forcing.presets import PRESETS, Preset
 from causal_forcing.text_encoder import build_encoder
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint, require_finite
@@ -146,7 +146,13 @@ def _transformer_config(shapes: _Shapes) -> TransformerConfig:
 
 
 def _vae_config(shapes: _Shapes) -> VaeConfig:
-    return VaeConfig(base_dim=shapes["encoder.conv1.weight"][0], z_dim=shapes["conv2.weight"][0])
+    resolutions = len(VaeConfig().dim_mult)
+    per_resolution = (_layers(shapes, "decoder.upsamples") - (resolutions - 1)) // resolutions
+    return VaeConfig(
+        base_dim=shapes["encoder.conv1.weight"][0],
+        num_res_blocks=per_resolution - 1,
+        z_dim=shapes["conv2.weight"][0],
+    )
 
 
 def _tiny_vae_config(shapes: _Shapes) -> TinyVaeConfig:
@@ -193,25 +199,21 @@ def _build(config: ModelConfig) -> nn.Module:
 
 
 def _fitting_presets(config: ModelConfig | None) -> tuple[str, ...]:
-    if isinstance(config, TransformerConfig):
-        return tuple(name for name, preset in PRESETS.items() if preset.transformer == config)
-    if isinstance(config, VaeConfig):
-        return tuple(name for name, preset in PRESETS.items() if config in preset.vaes.values())
-    if isinstance(config, TinyVaeConfig):
-        sizes = config.channels
-        return tuple(
-            name
-            for name, preset in PRESETS.items()
-            if any(isinstance(vae, TinyVaeConfig) and vae.channels == sizes for vae in preset.vaes.values())
-        )
-    if isinstance(config, TextEncoderConfig):
-        return tuple(
-            name
-            for name, preset in PRESETS.items()
-            if (preset.text_encoder.vocab_size, preset.text_encoder.d_model, preset.text_encoder.num_layers)
-            == (config.vocab_size, config.d_model, config.num_layers)
-        )
-    return ()
+    def sizes(known: ModelConfig) -> tuple[object, ...]:
+        """Return what tensors show; latent statistics, scales and limits they do not."""
+        if isinstance(known, VaeConfig):
+            return known.base_dim, known.num_res_blocks, known.z_dim
+        if isinstance(known, TinyVaeConfig):
+            return known.channels
+        if isinstance(known, TextEncoderConfig):
+            return known.vocab_size, known.d_model, known.d_kv, known.num_heads, known.d_ff, known.num_layers
+        return (known,)
+
+    def fits(preset: Preset) -> bool:
+        parts = (preset.transformer, preset.text_encoder, *preset.vaes.values())
+        return any(type(part) is type(config) and sizes(part) == sizes(config) for part in parts)
+
+    return () if config is None else tuple(name for name, preset in PRESETS.items() if fits(preset))
 
 
 def _find_bad_values(checkpoint: Checkpoint) -> list[str]:
