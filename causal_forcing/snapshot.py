@@ -1,4 +1,4 @@
-"""A whole session state, copied out: gigabytes at full size, and it continues bit for bit."""
+"""A whole session state, copied out to the host: gigabytes at full size, and it continues bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Snapshot:
 
     Attributes:
         meta: Host-side values, JSON-able; holds the prompts' texts.
-        tensors: Every tensor of the state, by name.
+        tensors: Every tensor of the state, by name, on the CPU (a device that holds one session may not hold two).
     """
 
     meta: dict[str, Any]
@@ -67,7 +67,7 @@ class Snapshot:
                 "announced": prompt.announced,
             },
         }
-        tensors = {name: tensor.clone() for name, tensor in _state_tensors(session).items()}
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in _state_tensors(session).items()}
         meta["shapes"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
         return cls(meta, tensors)
 
@@ -95,7 +95,7 @@ class Snapshot:
 
     def save(self, path: Path) -> None:
         """Write the snapshot as one safetensors file."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, path, metadata={"snapshot": json.dumps(self.meta)})
 
     @classmethod

@@ -28,15 +28,13 @@ def split_passes(latents: Tensor, pass_frames: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class PromptChange:
-    """What a chunk boundary changes about the prompt.
+    """A new embedding at a chunk boundary, and what it means for the remembered frames.
 
     Attributes:
-        embeds: The new embedding, ``[1, text_len, text_dim]``.
         policy: What to do with remembered frames.
         is_first: Whether the update begins here (rather than its transition going on).
     """
 
-    embeds: Tensor
     policy: SwitchPolicy
     is_first: bool
 
@@ -115,7 +113,7 @@ class PromptState:
         # Nothing from here on can fail, so a boundary that breaks off has not begun.
         self.update, self.announced, self.step, self.embeds = update, False, 1, embeds
         self.source, self.target = source, None if source is None else target
-        return PromptChange(embeds, update.policy, is_first=True)
+        return PromptChange(update.policy, is_first=True)
 
     def _step(self) -> PromptChange:
         assert self.update is not None
@@ -126,7 +124,7 @@ class PromptState:
         self.step += 1
         if share >= 1:
             self.source = self.target = None
-        return PromptChange(self.embeds, self.update.policy, is_first=False)
+        return PromptChange(self.update.policy, is_first=False)
 
 
 @dataclass
