@@ -28,8 +28,7 @@ from causal_forcing.sampler import Stopped
 from causal_forcing.script import ScheduledPrompt, schedule
 from causal_forcing.session import Chunk, Session
 from causal_forcing.weights import LoraFile
-from causal_forcing.weights.loading import default_dtype
-from causal_forcing.weights.memory import free_bytes, require_memory, required_bytes
+from causal_forcing.weights.quantise import QUANTISATIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a model can compute in."""
@@ -46,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="what to compute in (default: bfloat16 on cuda, else float32)"
     )
+    parser.add_argument(
+        "--quantization", choices=QUANTISATIONS, help="8-bit linear layers, on GPUs that compute in them"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the generator first (minutes); pays off in long videos"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -57,15 +62,16 @@ def run(args: argparse.Namespace) -> int:
     with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
-        dtype = DTYPES.get(args.dtype) or default_dtype(device)
-        require_memory(required_bytes(request.preset, request.vae, request.config, dtype), device, free=free_bytes)
         engine = Engine.load(
             request.preset,
             device=device,
-            dtype=dtype,
+            dtype=DTYPES.get(args.dtype),
             vae=request.vae,
             weights_dir=args.weights_dir,
             loras=loras,
+            quantization=args.quantization,
+            compiled=args.compile,
+            session=request.config,
         )
         with _progress_bar(request, quiet=args.quiet) as bar:
             run = Run(request, engine, writer, bar, stop)

@@ -194,8 +194,8 @@ def test_what_weights_to_use_is_checked_first(
 def test_a_machine_without_the_memory_is_refused_with_the_arithmetic(
     command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(Engine, "load", lambda *_args, **_options: pytest.fail("loaded"))
-    monkeypatch.setattr(generate, "free_bytes", lambda _device: 10**6)
+    monkeypatch.setattr("causal_forcing.engine.load_transformer", lambda *_args, **_options: pytest.fail("loaded"))
+    monkeypatch.setattr("causal_forcing.engine.free_bytes", lambda _device: 10**6)
     assert command("--prompt", "a fox") == 1
     message = capsys.readouterr().err
     assert "cpu has 1.00 MB free, but generator weights " in message
