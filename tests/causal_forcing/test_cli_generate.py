@@ -25,6 +25,9 @@ from causal_forcing.session import Session
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.vae import WanVae
 
+LOAD = Engine.load
+"""What the fixture below replaces."""
+
 
 class HashedText:
     """Stands in for the text encoder: embeddings that depend on the text alone."""
@@ -194,6 +197,7 @@ def test_what_weights_to_use_is_checked_first(
 def test_a_machine_without_the_memory_is_refused_with_the_arithmetic(
     command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    monkeypatch.setattr(Engine, "load", LOAD)
     monkeypatch.setattr("causal_forcing.engine.load_transformer", lambda *_args, **_options: pytest.fail("loaded"))
     monkeypatch.setattr("causal_forcing.engine.free_bytes", lambda _device: 10**6)
     assert command("--prompt", "a fox") == 1
