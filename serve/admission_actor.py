@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from .admission import REPORT_EVERY_S, AdmissionBook
+from .detached import detached
 from .errors import Unavailable
 from .messages import Place, Ticket
 from .status import LOGGER
@@ -176,7 +177,7 @@ class AdmissionDesk:
             Unavailable: If admission cannot be reached.
         """
         if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._keep_synced())
+            self._loop = detached(self._keep_synced())
         ticket = Ticket(session_id, self._gateway_id, time.time())
         self._tickets[session_id] = ticket
         last = self._places[session_id] = await self._insist(lambda: self._actor.enqueue.remote(ticket))
@@ -260,30 +261,38 @@ class Reporter:
         self._replica_id = replica_id
         self._capacity = capacity
         self._sessions: set[str] = set()
-        self._lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Event] = []
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to report; needs the running event loop."""
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._keep_reporting())
+        self._loop = detached(self._keep_reporting())
 
     async def add(self, session_id: str) -> None:
-        """Report a new session; returns when admission knows."""
+        """Report a new session; returns when admission knows, or cannot be reached."""
         self._sessions.add(session_id)
         await self._report()
 
     async def remove(self, session_id: str) -> None:
-        """Report that a session is over; returns when admission knows."""
+        """Report that a session is over; returns when admission knows, or cannot be reached."""
         self._sessions.discard(session_id)
         await self._report()
 
+    async def _report(self) -> None:
+        reported = asyncio.Event()
+        self._waiting.append(reported)
+        self._changed.set()
+        await reported.wait()
+
     async def _keep_reporting(self) -> None:
         while True:
-            await self._report()
-            await asyncio.sleep(REPORT_EVERY_S)
-
-    async def _report(self) -> None:
-        async with self._lock:
+            self._changed.clear()
+            waiting, self._waiting = self._waiting, []
             with contextlib.suppress(RayActorError):  # it is being restarted; the next report tells it all
                 await self._actor.report.remote(self._replica_id, self._capacity, sorted(self._sessions))
+            for reported in waiting:
+                reported.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_EVERY_S):
+                    await self._changed.wait()

@@ -23,6 +23,7 @@ from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory, Ses
 
 from .admission_actor import Reporter, connect
 from .config import ServiceConfig
+from .detached import detached
 from .engines import GeneratorEngine, GeneratorSession, load_generator
 from .errors import Unavailable
 from .messages import (
@@ -127,7 +128,7 @@ class Lease:
 
     async def events(self) -> AsyncGenerator[LeaseEvent]:
         """Yield chunks as credit allows, then how it ended."""
-        self._reader = asyncio.create_task(self._read())
+        self._reader = detached(self._read())
         try:
             session = await self._on_device(lambda: self._engine.open(self._request.config))
             while (chunk := await self._generate(session)) is not None:

@@ -21,6 +21,7 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from .backends import Backends
 from .config import ServiceConfig
 from .decoding import DecoderLink
+from .detached import detached
 from .errors import ClientGone, Unavailable
 from .messages import (
     Credit,
@@ -74,12 +75,13 @@ class LiveSession:
 
     async def messages(self) -> AsyncGenerator[pb.StreamVideoResponse]:
         """Yield what the client is told; the last message is SessionEnded or Error. Closing it ends the session."""
-        driver = asyncio.create_task(self._drive())
+        driver = detached(self._drive())
         try:
             async for message in self._outbox:
                 yield message
         finally:
-            driver.cancel()
+            if not self._is_ending:  # otherwise it is giving everything back, which must not be interrupted
+                driver.cancel()
             await asyncio.wait([driver])
 
     async def _drive(self) -> None:

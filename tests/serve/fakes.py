@@ -109,6 +109,9 @@ class FakeBackends:
         lease_failures: Errors that the next leases raise instead of beginning.
         decode_failures: Errors that the next decode calls raise.
         events: What was called, in order.
+        encode_gate: Until it is set, no prompt is encoded.
+        leave_gate: Until it is set, admission does not answer that a session has left.
+        leaving: Set when a session leaves.
     """
 
     service: ServiceConfig = field(default_factory=simulated)
@@ -119,6 +122,8 @@ class FakeBackends:
     room: MailboxRoom = field(default_factory=MailboxRoom)
     running: int = 0
     encode_gate: asyncio.Event | None = None
+    leave_gate: asyncio.Event | None = None
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.mailbox = RemoteMailbox(self.room)
@@ -145,6 +150,9 @@ class FakeBackends:
         self.events.append(f"retire {replica_id}")
 
     async def leave(self, session_id: str) -> None:
+        self.leaving.set()
+        if self.leave_gate is not None:
+            await self.leave_gate.wait()
         self.events.append("leave")
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:

@@ -199,6 +199,24 @@ async def test_a_cancelled_call_leaves_nothing_behind(at: str) -> None:
     assert backends.is_clean
 
 
+async def test_a_cancel_that_comes_while_everything_is_given_back_does_not_interrupt_it() -> None:
+    client, backends = Client(), FakeBackends(leave_gate=asyncio.Event())
+    client.config()
+    messages = open_session(backends, client).messages()
+    async with asyncio.timeout(20):
+        while not (await anext(messages)).HasField("frame"):
+            pass
+        client.half_close()  # first the input ends, and a moment later Serve cancels the call
+        await backends.leaving.wait()
+        closing = asyncio.create_task(messages.aclose())
+        await asyncio.sleep(0)
+        assert backends.leave_gate is not None
+        backends.leave_gate.set()
+        await closing
+    assert backends.events[-1] == "leave"
+    assert backends.is_clean
+
+
 SILENT = [
     ({"config_timeout_s": 0.05}, False, "CLIENT_SILENT"),
     ({"silence_timeout_s": 0.05}, True, "CLIENT_SILENT"),

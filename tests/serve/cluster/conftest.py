@@ -1,0 +1,125 @@
+"""One real cluster for all tests of this folder: Ray Serve, its gRPC proxy, and the embedded model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import psutil
+import pytest
+
+from causal_forcing.prompts import PromptUpdate
+from serve.admission_actor import NAMESPACE
+from serve.app import admission_name
+from serve.client import AsyncVideoClient, AsyncVideoSession, Event, Frame, StreamOptions
+from serve.config import ServiceConfig, load_config
+from serve.frames import Pixels
+from serve.local import free_port, local_service
+
+SIZE = 32
+PATIENCE_S = 90.0
+"""For whatever must happen in the end; a busy machine starts a replica slowly."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running service and what tests do to it.
+
+    Attributes:
+        address: Of the gRPC proxy.
+        config: What it runs with.
+    """
+
+    address: str
+    config: ServiceConfig
+
+    @asynccontextmanager
+    async def session(
+        self, prompt: PromptUpdate | str = "a red circle", **options: Any
+    ) -> AsyncIterator[AsyncVideoSession]:
+        """Open a session of the small size with lossless frames."""
+        chosen = {"height": SIZE, "width": SIZE, "seed": 1, "codec": "raw_rgb24", **options}
+        async with AsyncVideoClient(self.address) as client, client.stream(StreamOptions(prompt, **chosen)) as session:
+            yield session
+
+    async def counts(self) -> dict[str, int]:
+        """Return what admission counts."""
+        counts: dict[str, int] = await self._admission.counts.remote()
+        return counts
+
+    async def until_free(self) -> None:
+        """Return when no session waits or runs and the generator is idle."""
+        free = {"waiting": 0, "running": 0, "generators": 1, "idle": 1}
+        await eventually(self.counts, lambda counts: counts == free)
+
+    async def serves(self) -> None:
+        """Check that a new session gets frames."""
+        async with asyncio.timeout(PATIENCE_S), self.session() as session:
+            async for event in session:
+                if isinstance(event, Frame):
+                    break
+        await self.until_free()
+
+    def kill(self, deployment: str) -> None:
+        """Kill the replica of a deployment as a crash would."""
+        os.kill(self._process(f"ray::ServeReplica:causal-forcing:{deployment}"), signal.SIGKILL)
+
+    def kill_admission(self) -> None:
+        """Kill the admission actor as a crash would."""
+        os.kill(self._process("ray::_AdmissionActor"), signal.SIGKILL)
+
+    @cached_property
+    def _admission(self) -> Any:
+        import ray
+
+        return ray.get_actor(admission_name(self.config), namespace=NAMESPACE)
+
+    @staticmethod
+    def _process(title: str) -> int:
+        found = [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or []).startswith(title)]
+        assert len(found) == 1, f"{len(found)} processes are called {title}"
+        return found[0].pid
+
+
+async def eventually(ask: Callable[[], Any], is_right: Callable[[Any], bool]) -> None:
+    """Ask until the answer is right; fail with the last answer when patience ends."""
+    answer = None
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not is_right(answer := await ask()):  # noqa: ASYNC110  (another process has no event for us)
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        pytest.fail(f"still {answer} after {PATIENCE_S:g} s")
+
+
+async def collect(session: AsyncVideoSession, chunks: int) -> tuple[list[Event], dict[int, list[Pixels]]]:
+    """Return a session's events and frames by chunk, up to a number of chunks."""
+    events, frames = list[Event](), dict[int, list[Pixels]]()
+    async with asyncio.timeout(PATIENCE_S):
+        async for event in session:
+            events.append(event)
+            if isinstance(event, Frame):
+                frames.setdefault(event.chunk_index, []).append(event.pixels())
+                if event.last_in_chunk and event.chunk_index == chunks - 1:
+                    break
+    return events, frames
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Start the service once for all tests."""
+    config = load_config(
+        None,
+        sizes=[[SIZE, SIZE], [64, 64]],
+        grpc_port=free_port(),
+        http_port=free_port(),
+        limits={"silence_timeout_s": 20, "stall_timeout_s": 20, "max_queued_sessions": 2},
+    )
+    with local_service(config) as service:
+        yield Cluster(service.address, config)
