@@ -8,7 +8,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
-BENCHMARKS := grant_router gateway_path vae
+BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 ARGS ?=
 
 .PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench full-size \

@@ -36,9 +36,13 @@ def paused_training() -> Iterator[bool]:
     path = Path.home() / ".cache/causal-forcing/training/process_group"
     try:
         group = int(path.read_text())
+        state = Path(f"/proc/{group}/stat").read_text().rpartition(")")[2].split()[0]
         os.killpg(group, signal.SIGSTOP)
     except (OSError, ValueError):
         yield False
+        return
+    if state == "T":  # somebody else stopped it, and will let it go on
+        yield True
         return
     try:
         yield True
