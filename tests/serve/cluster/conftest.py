@@ -13,10 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import RayActorError
 
 from causal_forcing.prompts import PromptUpdate
 from serve.admission_actor import NAMESPACE
-from serve.app import admission_name
+from serve.app import APP_NAME, admission_name
 from serve.client import AsyncVideoClient, AsyncVideoSession, Event, Frame, StreamOptions
 from serve.config import ServiceConfig, load_config
 from serve.frames import Pixels
@@ -65,6 +66,20 @@ class Cluster:
                 if isinstance(event, Frame):
                     break
         await self.until_free()
+
+    async def until_text_is_encoded(self) -> None:
+        """Return when a text encoder answers."""
+        from ray import serve
+
+        handle: Any = serve.get_deployment_handle("TextEncoder", APP_NAME)
+
+        async def encode() -> object:
+            try:
+                return await handle.encode.remote("a red circle")
+            except RayActorError:
+                return None
+
+        await eventually(encode, lambda answer: answer is not None)
 
     def kill(self, deployment: str) -> None:
         """Kill the replica of a deployment as a crash would."""

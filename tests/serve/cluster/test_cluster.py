@@ -219,6 +219,7 @@ async def test_a_text_encoder_that_dies_is_replaced_while_a_session_runs(cluster
         await first_frame(session.__anext__)
         cluster.kill("TextEncoder")
         await session.update_prompt(SNOW)
+        await cluster.until_text_is_encoded()  # without acks the generator rests, and the replacement starts sooner
         async for event in session:
             if isinstance(event, Frame) and event.prompt_id == "second":
                 break
