@@ -150,6 +150,13 @@ def main() -> None:
         "fps_ratio": round(service["fps"] / alone, 3),
         "ttfc_added_s": round(service["ttfc_s"] - statistics.mean([before["ttfc_s"], after["ttfc_s"]]), 4),
     }
+    latency = service["prompt_latency_s"]
+    name = f"{arguments.preset}, {arguments.vae}, through Ray Serve and gRPC"
+    result["readme"] = [
+        {"measure": f"{name}: FPS at the client", "value": f"{service['fps']} ({result['fps_ratio']} of in process)"},
+        {"measure": f"{name}: TTFC", "value": f"{service['ttfc_s']} s"},
+        {"measure": f"{name}: prompt latency, p50 / p99", "value": f"{latency['p50']} / {latency['p99']} s"},
+    ]
     write(f"gateway_stream_{arguments.preset}_{arguments.vae}", result)
 
 
