@@ -1,15 +1,15 @@
-"""Ahead-of-time warmed ``torch.compile`` of a chunk's two passes, behind one switch.
+"""``torch.compile`` of a chunk's two passes behind one switch, with a warm-up that leaves nothing to compile.
 
 Each pass becomes one graph without breaks, in three versions: the first chunk (*filling*), any number of visible rows
-(*dynamic*), and a full window, where every shape is static (*full*). The cache is written in place by row numbers, which
-are a tensor, so nothing depends on where in the ring a chunk lands, and a stream whose window is full never compiles
-again. Positions reach the graphs as rotations, so they run forever.
+(*dynamic*), and a full window, where every shape is static (*full*). The cache is written in place by row numbers,
+which are a tensor, so nothing depends on where in the ring a chunk lands, and a stream whose window is full never
+compiles again. Positions reach the graphs as rotations, so they run forever.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,14 +38,14 @@ def compile_transformer(transformer: CausalTransformer, *, backend: str = "induc
         backend: Of ``torch.compile``.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
-    options = {"freezing": transformer.device.type == "cpu"} if backend == "inductor" else None
+    options: dict[str, Any] | None = {"freezing": transformer.device.type == "cpu"} if backend == "inductor" else None
     for name in _PASSES:
         compiled = torch.compile(getattr(transformer, name), fullgraph=True, backend=backend, options=options)
         setattr(transformer, name, compiled)
 
 
 def warm_up(engine: Engine, config: SessionConfig | None = None) -> None:
-    """Compile everything that a session of this configuration will run, by filling a session's window and one chunk more.
+    """Compile everything that a session of this configuration will run: fill a session's window, and one chunk more.
 
     Args:
         engine: With a compiled transformer.
