@@ -11,6 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from causal_forcing.version import __version__
 
@@ -33,6 +34,9 @@ DRAIN_MARGIN_S = 60.0
 SPARE_CALLS = 50
 """Calls that a gateway takes beyond its sessions, to refuse them itself and at once."""
 
+QUIET = LoggingConfig(enable_access_log=False)
+"""For deployments that are called for every chunk: Serve would write a line for each."""
+
 HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 60}
 """A health check waits for a step that holds the interpreter; a dead process is found at once in any case."""
 
@@ -43,7 +47,11 @@ def build(config: ServiceConfig) -> Application:
     drain_s = config.limits.max_session_s + DRAIN_MARGIN_S
     common: dict[str, Any] = {**HEALTH, "graceful_shutdown_timeout_s": drain_s}
     text_encoder = serve.deployment(
-        name="TextEncoder", max_ongoing_requests=512, **_placement(config.text_encoder), **common
+        name="TextEncoder",
+        max_ongoing_requests=512,
+        logging_config=QUIET,
+        **_placement(config.text_encoder),
+        **common,
     )(TextEncoder)
     generator = serve.deployment(
         name="Generator",
@@ -55,6 +63,7 @@ def build(config: ServiceConfig) -> Application:
     decoder = serve.deployment(
         name="VaeDecoder",
         max_ongoing_requests=512,
+        logging_config=QUIET,
         request_router_config=_router(patience_s=10.0),
         **_placement(config.vae_decoder),
         **common,
