@@ -259,7 +259,7 @@ class CausalTransformer(nn.Module):
         Args:
             embeds: ``[1, text_len, text_dim]``; padding rows are zero, and are attended to like any other.
         """
-        context = self.text_embedding(embeds.to(self.device, self.dtype))
+        context = self.text_embedding(embeds.to(self.device, self.dtype, non_blocking=True))
         keys = tuple(block.cross_attn.keys(context).transpose(1, 2).contiguous() for block in self.layers)
         values = tuple(block.cross_attn.values(context).transpose(1, 2).contiguous() for block in self.layers)
         return TextMemory(keys, values)

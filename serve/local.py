@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +77,7 @@ def _start_ray(*, verbose: bool) -> None:
     """Start a cluster of our own; Ray gives a busy machine half a minute, so a second try often helps."""
     import ray
 
+    on_terminate = signal.getsignal(signal.SIGTERM)
     for attempts_left in (1, 0):
         try:
             ray.init(
@@ -90,6 +93,8 @@ def _start_ray(*, verbose: bool) -> None:
                 message = f"Ray did not start on this machine: {error}"
                 raise Unavailable(message, reason="RAY_NOT_STARTED") from error
         else:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in its place
             return
 
 

@@ -32,9 +32,9 @@ def make_transformer(config=TRANSFORMER, seed=1):
     return transformer.requires_grad_(False)
 
 
-def make_vae(seed=2):
+def make_vae(seed=2, *, num_res_blocks=1):
     torch.manual_seed(seed)
-    return WanVae(VaeConfig(base_dim=4)).requires_grad_(False)
+    return WanVae(VaeConfig(base_dim=4, num_res_blocks=num_res_blocks)).requires_grad_(False)
 
 
 class HashTextEncoder:

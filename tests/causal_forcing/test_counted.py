@@ -35,7 +35,11 @@ class Counted:
 
 def count_chunk(name=FRAMEWISE, *, layers=FEW_LAYERS, held_frames=22, **options):
     """Return what one chunk of a running stream did, whose prompt was read before."""
-    session = open_full_size_session(name, layers=layers, held_frames=held_frames, **options)
+    return count_next_chunk(open_full_size_session(name, layers=layers, held_frames=held_frames, **options))
+
+
+def count_next_chunk(session):
+    held_frames = session.state.position
     flops, cache = FlopMeter(), CacheMeter(session.state.cache)
     with no_device_sync(), flops, cache:
         session.generate_chunk()
@@ -134,6 +138,7 @@ SYNCS = {
 
 @pytest.mark.parametrize("sync", SYNCS)
 def test_a_planted_sync_is_found(monkeypatch, sync):
+    session = open_full_size_session(layers=FEW_LAYERS)
     original = TransformerBlock._norm
 
     def norm(self, x, shift, scale):
@@ -142,7 +147,7 @@ def test_a_planted_sync_is_found(monkeypatch, sync):
 
     monkeypatch.setattr(TransformerBlock, "_norm", norm)
     with pytest.raises(DeviceSync):
-        count_chunk(held_frames=0)
+        count_next_chunk(session)
 
 
 def test_a_planted_key_row_is_found(monkeypatch):

@@ -235,16 +235,16 @@ def test_a_scene_cut_equals_a_fresh_session_at_the_same_chunk(chunk_frames, conf
     for chunk in before_cut:
         session.decode(chunk)
     session.update_prompt(update("b", policy="scene_cut"))
-    cut = play(session, 12)
+    cut = play(session, 10)
 
     fresh = open_session(engine, "b", **config)
     fresh.state.chunk_index = 5
-    expected = play(fresh, 12)
+    expected = play(fresh, 10)
     torch.testing.assert_close(latents_of(cut), latents_of(expected), atol=1e-4, rtol=0)
-    assert [chunk.starts_scene for chunk in cut] == [True] + [False] * 6
-    assert [chunk.start_frame for chunk in cut] == [(5 + i) * chunk_frames for i in range(7)]
+    assert [chunk.starts_scene for chunk in cut] == [True] + [False] * 4
+    assert [chunk.start_frame for chunk in cut] == [(5 + i) * chunk_frames for i in range(5)]
     decoder = engine.vae.new_decoder_state(session.config.geometry)
-    for chunk in cut:
+    for chunk in cut[:3]:
         with torch.inference_mode():
             assert torch.equal(session.decode(chunk), engine.vae.decode(chunk.latents, decoder))
 

@@ -33,7 +33,7 @@ def go_on(session, until):
     return made, [session.decode(chunk) for chunk in made]
 
 
-def assert_continues_alike(session, other, until=11):
+def assert_continues_alike(session, other, until):
     chunks, pixels = go_on(session, until)
     other_chunks, other_pixels = go_on(other, until)
     assert_same_chunks(other_chunks, chunks)
@@ -45,9 +45,12 @@ def engines():
     return {frames: make_engine(frames, vae=True) for frames in (1, 3)}
 
 
-@pytest.mark.parametrize("sink_rope", ["relative", "fixed"])
-@pytest.mark.parametrize(("chunk_frames", "window"), [(1, 5), (3, 8)])
-@pytest.mark.parametrize("taken_at", [0, 1, 3, 7, 9])
+@pytest.mark.parametrize(
+    ("chunk_frames", "window", "sink_rope", "taken_at"),
+    [(1, 5, "relative", taken_at) for taken_at in (0, 1, 3, 6, 9)]
+    + [(3, 8, "relative", taken_at) for taken_at in (2, 7)]
+    + [(1, 5, "fixed", taken_at) for taken_at in (3, 8)],
+)
 def test_a_restored_session_continues_bit_for_bit(engines, chunk_frames, window, sink_rope, taken_at, tmp_path):
     engine = engines[chunk_frames]
     config = {"window_frames": window, "sink_frames": 2, "sink_rope": sink_rope, "anchor_every_chunks": 4}
@@ -62,7 +65,7 @@ def test_a_restored_session_continues_bit_for_bit(engines, chunk_frames, window,
 
     other = open_session(engine, None, **config)
     other.restore(Snapshot.load(tmp_path / "session.safetensors"))
-    assert_continues_alike(session, other)
+    assert_continues_alike(session, other, taken_at + 3)
     session.restore(snapshot)  # what the session did since is undone
     assert_same_state(session, snapshot)
 
