@@ -211,6 +211,7 @@ def test_reset_equals_fresh(chunk_frames):
         session.decode(chunk)
     session.update_prompt(update("waiting"))
     session.reset()
+    assert all(float(t.abs().max()) == 0 for t in session.state.decoder.tensors().values())
     assert session.nbytes == open_session(engine, None, **(ENDLESS | {"window_frames": 7})).nbytes
     with pytest.raises(SessionStateError):
         session.generate_chunk()
