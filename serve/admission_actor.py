@@ -180,15 +180,16 @@ class AdmissionDesk:
             self._loop = detached(self._keep_synced())
         ticket = Ticket(session_id, self._gateway_id, time.time())
         self._tickets[session_id] = ticket
-        last = self._places[session_id] = await self._insist(lambda: self._actor.enqueue.remote(ticket))
-        yield last
+        place = self._places[session_id] = await self._insist(lambda: self._actor.enqueue.remote(ticket))
+        yield place
         while session_id in self._tickets:
+            known = None if place.replica_id else place  # a grant that was given back may come again
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SYNC_TIMEOUT_S):
-                    while self._places.get(session_id, last) == last:
+                    while self._places.get(session_id, known) == known:
                         await self._news.wait()
-            last = self._places.get(session_id, last)
-            yield last
+            place = self._places.get(session_id, place)
+            yield place
 
     async def confirm(self, session_id: str, replica_id: str) -> None:
         """Say that the lease began."""

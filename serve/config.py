@@ -35,6 +35,7 @@ class Limits(Section):
         stall_timeout_s: A client that leaves its session without credit for this long is ended.
         default_credit_chunks: Chunks a session may be ahead of its client, unless the client says otherwise.
         max_credit_chunks: Most that a client may ask for; bounds a session's memory in gateway and proxy.
+        max_messages_per_s: Messages that a client may send in the long run; twice as many at once.
         max_pending_prompts: Prompts of a session that may wait for their first chunk.
         max_queued_sessions: Sessions that may wait for a generator.
     """
@@ -45,6 +46,7 @@ class Limits(Section):
     stall_timeout_s: PositiveFloat = 60
     default_credit_chunks: Annotated[int, Field(ge=1, le=64)] = 2
     max_credit_chunks: Annotated[int, Field(ge=1, le=64)] = 8
+    max_messages_per_s: PositiveFloat = 100
     max_pending_prompts: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued_sessions: Annotated[int, Field(ge=0, le=100_000)] = 64
 

@@ -11,6 +11,8 @@ import grpc
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 
 from causal_forcing.errors import CausalForcingError, NoCapacity
 from protos.causal_forcing.v1 import video_pb2 as pb
@@ -78,6 +80,10 @@ class Gateway:
                     yield message
         finally:
             self._sessions.discard(session_id)
+
+    async def __call__(self, _request: Request) -> Response:
+        """Answer HTTP: the port is there for Serve's `/-/healthz` and `/-/routes` alone."""
+        return PlainTextResponse("This service speaks gRPC: causal_forcing.v1.VideoService.\n", status_code=404)
 
     async def session_count(self) -> int:
         """Return the number of sessions that this replica carries."""

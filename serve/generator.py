@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ray import serve
 from ray.exceptions import RayActorError
@@ -48,6 +48,18 @@ DEVICE_FAULTS = (DeviceFault, OutOfMemory, NonFiniteOutput)
 """Errors after which a replica is not to be trusted with another session."""
 
 T = TypeVar("T")
+
+
+class SessionReporter(Protocol):
+    """Tells admission which sessions are here."""
+
+    async def add(self, session_id: str) -> None:
+        """Report a new session."""
+        ...
+
+    async def remove(self, session_id: str) -> None:
+        """Report that a session is over."""
+        ...
 
 
 class Controls:
@@ -192,20 +204,19 @@ class Lease:
             self._controls.fail(Unavailable("the gateway of this session is gone", reason="GATEWAY_LOST"))
 
 
-class Generator:
-    """A Serve replica that holds the transformer and one session at a time."""
+class GeneratorService:
+    """Runs leases, one at a time unless Serve sends more, and says so to admission."""
 
-    async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
-        loop = asyncio.get_running_loop()
-        self._engine = await loop.run_in_executor(self._worker, load_generator, config)
+    def __init__(
+        self, engine: GeneratorEngine, worker: ThreadPoolExecutor, replica_id: str, reporter: SessionReporter
+    ) -> None:
+        self._engine = engine
+        self._worker = worker
+        self._replica_id = replica_id
+        self._reporter = reporter
         self._fault: str | None = None
-        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
-        actor = connect(admission, config.limits.max_queued_sessions)
-        self._reporter = Reporter(actor, self._replica_id, capacity=1)
-        self._reporter.start()
 
-    async def lease(self, request: LeaseRequest) -> AsyncIterator[LeaseEvent]:
+    async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         """Run one session: who serves it, its chunks, how it ended. The call is the lease."""
         lease = Lease(request, self._engine, self._worker)
         await self._reporter.add(request.session_id)
@@ -215,13 +226,43 @@ class Generator:
                 async for event in events:
                     yield event
         finally:
-            await lease.close()
-            if isinstance(lease.error, DEVICE_FAULTS):
-                self._fault = type(lease.error).__name__
-            else:
-                await self._reporter.remove(request.session_id)
+            await detached(self._end(lease, request.session_id))
+
+    def require_healthy(self) -> None:
+        """Raise after a device fault.
+
+        Raises:
+            RuntimeError: With the fault's name.
+        """
+        if self._fault is not None:
+            raise RuntimeError(f"the device is not to be trusted after {self._fault}")
+
+    async def _end(self, lease: Lease, session_id: str) -> None:
+        """Free the place; after a device fault it stays taken until Serve has replaced this replica."""
+        await lease.close()
+        if isinstance(lease.error, DEVICE_FAULTS):
+            self._fault = type(lease.error).__name__
+        else:
+            await self._reporter.remove(session_id)
+
+
+class Generator:
+    """A Serve replica that holds the transformer."""
+
+    async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+        engine = await asyncio.get_running_loop().run_in_executor(worker, load_generator, config)
+        replica_id: str = serve.get_replica_context().replica_id.unique_id
+        reporter = Reporter(connect(admission, config.limits.max_queued_sessions), replica_id, capacity=1)
+        reporter.start()
+        self._service = GeneratorService(engine, worker, replica_id, reporter)
+
+    async def lease(self, request: LeaseRequest) -> AsyncIterator[LeaseEvent]:
+        """Run one session (see :meth:`GeneratorService.lease`)."""
+        async with contextlib.aclosing(self._service.lease(request)) as events:
+            async for event in events:
+                yield event
 
     async def check_health(self) -> None:
         """Raise after a device fault, so that Serve replaces this replica."""
-        if self._fault is not None:
-            raise RuntimeError(f"the device is not to be trusted after {self._fault}")
+        self._service.require_healthy()

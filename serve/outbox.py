@@ -21,7 +21,7 @@ class Outbox:
     """Messages on their way to the client; iterate over it until it is closed.
 
     It needs no bound of its own: frames are limited by the session's credit, and everything else answers something that
-    the client has sent.
+    the client has sent, which is limited, too.
 
     Attributes:
         sent: Messages so far; the next one's sequence number.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from causal_forcing.errors import InvalidRequest, SessionStateError
+import time
+
+from causal_forcing.errors import InvalidRequest, NoCapacity, SessionStateError
 from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 
@@ -12,6 +14,30 @@ from .requests import SessionRequest, parse_config, parse_prompt
 
 ClientEvent = SessionRequest | PromptUpdate | Credit | pb.Ping | pb.End
 """A checked message."""
+
+
+class MessageRate:
+    """Counts a client's messages: so many a second in the long run, twice as many at once.
+
+    What a client sends is answered, and the answers of one that does not read pile up, so there has to be a bound.
+    """
+
+    def __init__(self, per_s: float, now_s: float) -> None:
+        self._per_s = per_s
+        self._left = self._most = 2 * per_s
+        self._now_s = now_s
+
+    def count(self, now_s: float) -> None:
+        """Count one message.
+
+        Raises:
+            NoCapacity: If there were too many.
+        """
+        self._left = min(self._most, self._left + (now_s - self._now_s) * self._per_s)
+        self._now_s = now_s
+        if self._left < 1:
+            raise NoCapacity(f"more than {self._per_s:g} messages a second", reason="TOO_MANY_MESSAGES")
+        self._left -= 1
 
 
 class Conversation:
@@ -27,6 +53,7 @@ class Conversation:
         self._configured = False
         self._prompts = 0
         self._acked = -1
+        self._rate = MessageRate(service.limits.max_messages_per_s, time.monotonic())
 
     def receive(self, message: pb.StreamVideoRequest) -> ClientEvent | None:
         """Return the meaning of a message; None for one that a later version of the protocol has added.
@@ -34,7 +61,9 @@ class Conversation:
         Raises:
             SessionStateError: If the message does not fit here (``CONFIG_NOT_FIRST``, ``CONFIG_REPEATED``).
             InvalidRequest: If it holds a value that is not allowed.
+            NoCapacity: If messages come too fast.
         """
+        self._rate.count(time.monotonic())
         kind = message.WhichOneof("message")
         if kind is None:
             return None

@@ -13,9 +13,9 @@ import pytest
 
 from causal_forcing.errors import DeviceFault
 from serve.engines import GeneratorEngine
-from serve.generator import Lease
+from serve.generator import GeneratorService, Lease
 from serve.mailbox import MailboxRoom
-from serve.messages import Credit, GeneratedChunk, LeaseEnded, LeaseEvent, LeaseRequest, SetPrompt, Stop
+from serve.messages import Credit, GeneratedChunk, LeaseEnded, LeaseEvent, LeaseRequest, LeaseStarted, SetPrompt, Stop
 from serve.simulated import SimulatedGenerator
 from tests.serve.fakes import RemoteMailbox, ScriptedEngine, embedding, simulated, update
 
@@ -47,11 +47,11 @@ class Bench:
         self.room = MailboxRoom()
         self.room.open("s")
         config = simulated().model_preset.session_config(seed=1)
-        request = LeaseRequest(
+        self.request = LeaseRequest(
             "g", "s", config, self.credit_chunks, RemoteMailbox(self.room), idle_timeout_s=self.idle_timeout_s
         )
         self.worker = ThreadPoolExecutor(1)
-        self.lease = Lease(request, self.engine, self.worker)
+        self.lease = Lease(self.request, self.engine, self.worker)
 
     def prompt(self, name: str) -> None:
         new = embedding(name)
@@ -197,3 +197,55 @@ async def test_a_stop_before_the_first_chunk_ends_the_lease(messages: int) -> No
     async with aclosing(bench.lease.events()) as events:
         assert [event async for event in events] == [LeaseEnded(None)]
     await bench.lease.close()
+
+
+class Reports:
+    """Keeps what was reported."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+
+    async def add(self, session_id: str) -> None:
+        self.held.append(session_id)
+
+    async def remove(self, session_id: str) -> None:
+        self.held.remove(session_id)
+
+
+def service_of(bench: Bench) -> tuple[GeneratorService, Reports]:
+    reports = Reports()
+    return GeneratorService(bench.engine, bench.worker, "g1", reports), reports
+
+
+async def test_a_lease_is_reported_before_it_says_who_serves_it_and_after_it_ended() -> None:
+    bench = Bench()
+    service, reports = service_of(bench)
+    bench.prompt("a")
+    async with aclosing(service.lease(bench.request)) as events:
+        assert await anext(events) == LeaseStarted("g1")
+        assert reports.held == ["s"]
+        bench.room.put("s", Stop())
+        assert [event async for event in events][-1] == LeaseEnded(None)
+    assert reports.held == []
+    service.require_healthy()
+
+
+async def test_an_abandoned_lease_frees_its_place() -> None:
+    bench = Bench()
+    service, reports = service_of(bench)
+    bench.prompt("a")
+    events = service.lease(bench.request)
+    await anext(events)
+    await events.aclose()
+    assert reports.held == []
+
+
+async def test_after_a_device_fault_the_place_stays_taken_and_the_replica_is_unhealthy() -> None:
+    bench = Bench(engine=ScriptedEngine([DeviceFault("cuda error")]))
+    service, reports = service_of(bench)
+    bench.prompt("a")
+    async with aclosing(service.lease(bench.request)) as events:
+        assert [type(event) async for event in events] == [LeaseStarted, LeaseEnded]
+    assert reports.held == ["s"]
+    with pytest.raises(RuntimeError, match="DeviceFault"):
+        service.require_healthy()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from causal_forcing.errors import CausalForcingError
+from causal_forcing.errors import CausalForcingError, NoCapacity
 from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.messages import Credit
-from serve.protocol import Conversation
+from serve.protocol import Conversation, MessageRate
 from serve.requests import SessionRequest
 from tests.serve.fakes import simulated
 
@@ -72,6 +72,24 @@ def test_legal_messages_become_events() -> None:
     assert conversation.receive(PING) == pb.Ping(nonce=3)
     assert isinstance(conversation.receive(END), pb.End)
     assert conversation.receive(FROM_THE_FUTURE) is None
+
+
+def test_messages_have_a_rate() -> None:
+    rate = MessageRate(per_s=10, now_s=0.0)
+    for _ in range(20):
+        rate.count(0.0)
+    with pytest.raises(NoCapacity) as caught:
+        rate.count(0.05)
+    assert caught.value.reason == "TOO_MANY_MESSAGES"
+    for second in range(1, 100):
+        for _ in range(10):
+            rate.count(float(second))
+
+
+def test_a_flood_is_stopped() -> None:
+    conversation = Conversation(simulated(limits={"max_messages_per_s": 0.001}))
+    with pytest.raises(NoCapacity):
+        conversation.receive(CONFIG)
 
 
 def test_prompts_without_a_name_are_numbered() -> None:

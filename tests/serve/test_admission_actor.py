@@ -1,0 +1,158 @@
+"""Admission as gateways and generators meet it, with the actor in process, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError
+
+from causal_forcing.errors import NoCapacity
+from serve.admission import SETTLE_S
+from serve.admission_actor import AdmissionDesk, Reporter, _AdmissionActor
+from serve.messages import Place
+
+
+class Remote:
+    """The actor as Ray hands it out: calls are awaited; while it is down they fail, and it comes back empty."""
+
+    def __init__(self, max_queued: int = 10) -> None:
+        self._max_queued = max_queued
+        self.calls: set[asyncio.Task[Any]] = set()
+        self.restart()
+
+    def kill(self) -> None:
+        self.is_down = True
+        for call in self.calls:
+            call.cancel()
+
+    def restart(self) -> None:
+        self.actor: Any = _AdmissionActor(self._max_queued)
+        self.actor._book._settled_s -= SETTLE_S
+        self.is_down = False
+
+    def __getattr__(self, name: str) -> Any:
+        return RemoteMethod(self, name)
+
+
+class RemoteMethod:
+    def __init__(self, remote: Remote, name: str) -> None:
+        self._remote, self._name = remote, name
+
+    async def remote(self, *args: Any) -> Any:
+        if self._remote.is_down:
+            raise ActorUnavailableError("restarting", None)
+        call = asyncio.create_task(getattr(self._remote.actor, self._name)(*args))
+        self._remote.calls.add(call)
+        try:
+            await asyncio.wait([call])
+        finally:
+            self._remote.calls.discard(call)
+        if call.cancelled():
+            raise ActorUnavailableError("died", None)
+        return call.result()
+
+
+@pytest.fixture
+async def actor() -> AsyncIterator[Remote]:
+    remote = Remote()
+    yield remote
+    if remote.actor._sweeper is not None:
+        remote.actor._sweeper.cancel()
+
+
+async def next_place(places: AsyncIterator[Place]) -> Place:
+    async with asyncio.timeout(10):
+        return await anext(places)
+
+
+async def granted(places: AsyncIterator[Place]) -> str:
+    while not (place := await next_place(places)).replica_id:
+        pass
+    return place.replica_id
+
+
+async def test_a_waiting_session_is_told_when_a_generator_reports_in(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    places = desk.places("a")
+    assert await next_place(places) == Place(0)
+    generator = Reporter(actor, "g1", capacity=1)
+    generator.start()
+    assert await granted(places) == "g1"
+    await generator.add("a")
+    await desk.confirm("a", "g1")
+    second = desk.places("b")
+    assert await next_place(second) == Place(0)
+    await desk.leave("a")
+    await generator.remove("a")
+    assert await granted(second) == "g1"
+    desk.close()
+
+
+async def test_a_refused_grant_comes_again(actor: Remote) -> None:
+    desk, generator = AdmissionDesk(actor, "gw"), Reporter(actor, "g1", capacity=1)
+    generator.start()
+    places = desk.places("a")
+    assert await granted(places) == "g1"
+    await desk.refuse("a", "g1", gone=False)
+    await generator.remove("nothing")  # it reports again, so it can be reached
+    assert await granted(places) == "g1"
+    desk.close()
+
+
+async def test_a_full_queue_is_told_to_the_caller_and_forgotten() -> None:
+    remote = Remote(max_queued=0)
+    desk = AdmissionDesk(remote, "gw")
+    with pytest.raises(NoCapacity):
+        await next_place(desk.places("a"))
+    await desk.leave("a")
+    assert remote.actor._book.counts()["waiting"] == 0
+    desk.close()
+
+
+async def test_after_a_death_the_queue_is_restored_in_order_and_running_sessions_stay(actor: Remote) -> None:
+    desk, generator = AdmissionDesk(actor, "gw"), Reporter(actor, "g1", capacity=1)
+    generator.start()
+    running, first, second = desk.places("run"), desk.places("first"), desk.places("second")
+    assert await granted(running) == "g1"
+    await generator.add("run")
+    await desk.confirm("run", "g1")
+    assert await next_place(first) == Place(0)
+    assert await next_place(second) == Place(1)
+    actor.kill()
+    await desk.retire("someone else")  # what is told to a dead actor is lost without harm
+    actor.restart()
+    async with asyncio.timeout(10):
+        while actor.actor._book.counts() != {"waiting": 2, "running": 1, "generators": 1, "idle": 0}:
+            await desk._news.wait()
+            await generator.remove("nothing")
+    await desk.leave("run")
+    await generator.remove("run")
+    assert await granted(first) == "g1"
+    await generator.add("first")
+    await desk.confirm("first", "g1")
+    assert await next_place(second) == Place(0)
+    desk.close()
+
+
+async def test_joining_waits_for_an_actor_that_is_being_restarted(actor: Remote) -> None:
+    actor.kill()
+    desk = AdmissionDesk(actor, "gw")
+    places = desk.places("a")
+    joining = asyncio.create_task(next_place(places))
+    done, _ = await asyncio.wait([joining], timeout=0.01)
+    assert not done
+    actor.restart()
+    assert await joining == Place(0)
+    desk.close()
+
+
+async def test_reports_that_cross_are_all_answered(actor: Remote) -> None:
+    generator = Reporter(actor, "g1", capacity=4)
+    generator.start()
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(generator.add(name) for name in "abcd"))
+        await asyncio.gather(generator.remove("a"), generator.add("e"))
+    assert actor.actor._book._generators["g1"].sessions == set("bcde")
