@@ -182,18 +182,27 @@ def test_a_record_keeps_what_it_needs_and_no_more(config, keep_all, kept_frames)
     assert torch.equal(last, torch.full_like(last, 239))
 
 
-@pytest.mark.parametrize("keep_all", [False, True])
-@pytest.mark.parametrize("cut_at", [None, 50, 55])
-def test_a_bounded_record_restores_like_an_unbounded_one(engines, keep_all, cut_at, tmp_path):
-    engine = engines[1]
-    config = {"window_frames": 5, "sink_frames": 2, "denoising_steps": (1000,), "first_chunk_steps": None}
-    config |= {"anchor_every_chunks": 8} if keep_all else {}
+@pytest.mark.parametrize(
+    ("chunks", "window", "anchor_every", "cut_at"),
+    [
+        (60, 5, None, None),
+        (60, 43, None, None),  # the cache reaches further back than the decoder
+        (60, 5, None, 50),
+        (60, 5, 8, None),
+        (60, 5, 8, 50),
+        (60, 5, 8, 55),
+        (84, 5, 42, None),  # the last anchor is further back than the decoder reaches
+    ],
+)
+def test_a_bounded_record_restores_like_an_unbounded_one(engines, chunks, window, anchor_every, cut_at, tmp_path):
+    engine, keep_all = engines[1], anchor_every is not None
+    config = {"window_frames": window, "sink_frames": 2, "denoising_steps": (1000,), "first_chunk_steps": None}
     script = {20: update("b", policy="recache")} | ({cut_at: update("c", policy="scene_cut")} if cut_at else {})
-    session = open_session(engine, **config)
+    session = open_session(engine, **config, anchor_every_chunks=anchor_every)
     bounded = SessionRecord(engine.preset.name, session.config, keep_all=keep_all)
     unbounded = SessionRecord(engine.preset.name, session.config)
     unbounded._drop_unneeded = lambda: None
-    for index in range(60):
+    for index in range(chunks):
         for chunk in play(session, index + 1, script):
             for record in (bounded, unbounded):
                 record.append(chunk, session.state.prompt.update)
@@ -201,10 +210,10 @@ def test_a_bounded_record_restores_like_an_unbounded_one(engines, keep_all, cut_
     bounded = saved(bounded, tmp_path)
     for mode in [RestoreMode.FAST] + [RestoreMode.EXACT] * keep_all:
         ours, theirs = bounded.restore(engine, mode), unbounded.restore(engine, mode)
-        expected = play(theirs, 64)
-        assert_same_chunks(play(ours, 64), expected)
+        expected = play(theirs, chunks + 2)
+        assert_same_chunks(play(ours, chunks + 2), expected)
         if mode is RestoreMode.EXACT:
-            assert_same_chunks(play(session, 64), expected)
+            assert_same_chunks(play(session, chunks + 2), expected)
 
 
 @pytest.mark.parametrize("anchors", [None, 50])
