@@ -97,9 +97,18 @@ class Cluster:
 
     @staticmethod
     def _process(title: str) -> int:
-        found = [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or []).startswith(title)]
+        ours = psutil.Process().children(recursive=True)  # another cluster may run on this machine
+        found = [p for p in ours if title_of(p).startswith(title)]
         assert len(found) == 1, f"{len(found)} processes are called {title}"
         return found[0].pid
+
+
+def title_of(process: psutil.Process) -> str:
+    """Return a process's command line; empty when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 async def eventually(ask: Callable[[], Any], is_right: Callable[[Any], bool]) -> None:

@@ -29,17 +29,17 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def service_processes() -> set[int]:
-    """Return the processes of every Ray cluster on this machine."""
-    titles = ("ray::", "/raylet/raylet", "/gcs/gcs_server")
-    found = psutil.process_iter(["cmdline"])
-    return {p.pid for p in found if any(title in " ".join(p.info["cmdline"] or []) for title in titles)}
+def family(process: subprocess.Popen[str]) -> set[psutil.Process]:
+    """Return the processes that a running command has started, theirs included."""
+    try:
+        return set(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
 
 
-def gone(before: set[int]) -> bool:
-    """Return whether every process that was started since has ended."""
-    started = [psutil.Process(pid) for pid in service_processes() - before if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs(started, timeout=PATIENCE_S)
+def all_gone(processes: set[psutil.Process]) -> bool:
+    """Return whether all of them end."""
+    _, alive = psutil.wait_procs(list(processes), timeout=PATIENCE_S)
     return not alive
 
 
@@ -51,11 +51,17 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_the_demo_writes_a_video_prints_its_numbers_and_stops_everything(tmp_path: Path, config: Path) -> None:
-    before, output = service_processes(), tmp_path / "demo.mp4"
+    output, started = tmp_path / "demo.mp4", set[psutil.Process]()
     demo = start("demo", "--config", str(config), "--output", str(output))
-    printed, said = demo.communicate(timeout=PATIENCE_S)
+    assert demo.stderr is not None
+    said = ""
+    for line in demo.stderr:  # it says when it starts, streams and stops
+        said += line
+        started |= family(demo)
+    printed, _ = demo.communicate(timeout=PATIENCE_S)
     assert demo.returncode == 0, said
-    assert gone(before)
+    assert len(started) > 5
+    assert all_gone(started)
     with av.open(str(output)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 96
     for line in ("TTFC", "FPS", "prompt latency  0.", "wrote"):
@@ -64,17 +70,19 @@ def test_the_demo_writes_a_video_prints_its_numbers_and_stops_everything(tmp_pat
 
 
 def test_a_terminated_service_stops_everything(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, port = service_processes(), str(free_port())
+    port = str(free_port())
     options = ["--config", str(config), "--grpc-port", port, "--http-port", str(free_port())]
     service = start("serve", *options)
     assert service.stdout is not None
     assert f"serving on 127.0.0.1:{port}" in service.stdout.readline()
     assert main(["stream", "--server", f"127.0.0.1:{port}", "--prompt", "a fox", "--seconds", "1"]) == 0
     assert "frames          16" in capsys.readouterr().out
+    started = family(service)
     service.send_signal(signal.SIGTERM)
     _, said = service.communicate(timeout=PATIENCE_S)
     assert (service.returncode, "stopped" in said) == (0, True)
-    assert gone(before)
+    assert len(started) > 5
+    assert all_gone(started)
 
 
 def test_a_taken_port_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
