@@ -57,12 +57,14 @@ class RecordedChunk:
         given: Whether it was given rather than generated.
         update: Prompt update applied at its boundary, or None.
         latents: ``[1, 16, F, h, w]`` on the CPU; None once no restore can need it.
+        after_rebuild: Whether the cache was rebuilt right before it (the session went on after a fast restore).
     """
 
     frames: int
     given: bool
     update: PromptUpdate | None
     latents: Tensor | None
+    after_rebuild: bool = False
 
 
 @dataclass
@@ -89,6 +91,7 @@ class SessionRecord:
         self._starts = [0]
         self._scenes = [0]
         self._kept: list[int] = []
+        self._last_rebuild = 0
         for index in range(len(self.chunks)):
             self._index(index)
 
@@ -114,15 +117,16 @@ class SessionRecord:
             raise ValueError("a chunk that applies a prompt must be recorded with its update")
         latents = chunk.latents.to("cpu", copy=True)
         applied = update if chunk.prompt_applied else None
-        self.chunks.append(RecordedChunk(latents.shape[2], given, applied, latents))
+        self.chunks.append(RecordedChunk(latents.shape[2], given, applied, latents, chunk.after_rebuild))
         self._index(chunk.index)
         self._drop_unneeded()
 
     @property
     def exact_start(self) -> int:
-        """Chunk from which an exact restore replays: the last anchor, or 0."""
+        """Chunk from which an exact restore replays: the last whose cache was made from kept latents, or 0."""
         every = self.config.anchor_every_chunks
-        return 0 if every is None or not self.chunks else (len(self.chunks) - 1) // every * every
+        anchor = 0 if every is None or not self.chunks else (len(self.chunks) - 1) // every * every
+        return max(anchor, self._last_rebuild)
 
     def restore(
         self,
@@ -154,6 +158,8 @@ class SessionRecord:
         for recorded in self.chunks[first:]:
             if recorded.update is not None:
                 session.update_prompt(recorded.update, encode(recorded.update))
+            if recorded.after_rebuild:
+                session.rebuild_cache()
             assert recorded.latents is not None
             (session.start_from if recorded.given else session.replay_chunk)(recorded.latents)
         if first == total and total:
@@ -169,7 +175,12 @@ class SessionRecord:
             "config": config_to_json(self.config),
             "keep_all": self.keep_all,
             "chunks": [
-                {"frames": c.frames, "given": c.given, "update": update_to_json(c.update) if c.update else None}
+                {
+                    "frames": c.frames,
+                    "given": c.given,
+                    "update": update_to_json(c.update) if c.update else None,
+                    "after_rebuild": c.after_rebuild,
+                }
                 for c in self.chunks
             ],
         }
@@ -191,6 +202,7 @@ class SessionRecord:
                     c["given"],
                     update_from_json(c["update"]) if c["update"] else None,
                     tensors.get(f"latents.{i}"),
+                    c["after_rebuild"],
                 )
                 for i, c in enumerate(meta["chunks"])
             ]
@@ -240,6 +252,8 @@ class SessionRecord:
             self._scenes.append(index)
         if chunk.latents is not None:
             self._kept.append(index)
+        if chunk.after_rebuild:
+            self._last_rebuild = index
 
     def _drop_unneeded(self) -> None:
         """Let go of latents that no restore from now on can need."""

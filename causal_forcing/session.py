@@ -41,6 +41,8 @@ class Chunk:
         prompt_id: Of the update it was made under.
         prompt_applied: Whether it is the first one made under that update.
         is_finite: 0-dim bool on the device; reading it waits for the chunk, so it is left to the reader.
+        after_rebuild: Whether :meth:`Session.rebuild_cache` was called right before it, as a fast restore does; an
+            exact restore has to repeat that.
     """
 
     index: int
@@ -50,6 +52,7 @@ class Chunk:
     prompt_id: str
     prompt_applied: bool
     is_finite: Tensor
+    after_rebuild: bool = False
 
     def require_finite(self) -> None:
         """Wait for the chunk and check it.
@@ -205,6 +208,10 @@ class Session:
         Oldest first, in the context passes that first wrote them. This is what the ``recache`` policy, an anchor and a
         fast restore do. Every frame keeps its position; frames that were evicted no longer have an influence.
         """
+        self.state.rebuilt_chunk = self.state.chunk_index
+        self._rebuild()
+
+    def _rebuild(self) -> None:
         cache = self.state.cache
         with self._device_work(), self._position_kept_on_error():
             runs = self.state.held_runs()
@@ -245,7 +252,7 @@ class Session:
             assert state.prompt.embeds is not None
             state.text = self.engine.transformer.read_text(state.prompt.embeds)
         if state.cache_is_stale:
-            self.rebuild_cache()
+            self._rebuild()
 
     def _anchor_is_due(self) -> bool:
         """Return whether the cache is rebuilt before the next chunk, so that an exact restore can start there."""
@@ -283,6 +290,7 @@ class Session:
             prompt_id=prompt.update.prompt_id,
             prompt_applied=not prompt.announced,
             is_finite=torch.isfinite(latents).all(),
+            after_rebuild=state.rebuilt_chunk == state.chunk_index,
         )
         state.remember(latents, self.engine.preset.chunk_frames)
         state.chunk_index += 1

@@ -80,6 +80,19 @@ def test_an_exact_restore_continues_bit_for_bit(engines, chunk_frames, window, g
         assert_same_chunks(play(ours, min(stop + 3, 14), rest(SCRIPT, ours)), expected)
 
 
+@pytest.mark.parametrize("anchors", [{}, {"anchor_every_chunks": 7}])
+@pytest.mark.parametrize("moved_at", [5, 8, 9])
+def test_an_exact_restore_repeats_a_fast_one(engines, anchors, moved_at, tmp_path):
+    """A session that moved to another engine (at 8 with a switch waiting) goes on in its record."""
+    session = open_session(engines[3], **WINDOWS["relative"], **anchors)
+    record = record_of(session, moved_at, SCRIPT)
+    moved = saved(record, tmp_path).restore(engines[3], RestoreMode.FAST)
+    play(moved, 12, rest(SCRIPT, moved), record)
+    assert record.exact_start == max(moved_at, 7 if anchors else 0)
+    again = saved(record, tmp_path).restore(engines[3], RestoreMode.EXACT)
+    assert_same_chunks(play(again, 14, rest(SCRIPT, again)), play(moved, 14, rest(SCRIPT, moved)))
+
+
 def test_an_exact_restore_repeats_the_transition_it_is_in(engines):
     session = open_session(engines[1], **ENDLESS)
     record = record_of(session, 5, {3: update("b", transition_chunks=6, policy="recache")})
@@ -97,6 +110,7 @@ def test_an_exact_restore_repeats_the_transition_it_is_in(engines):
         (3, 0, 2, {"window_frames": 8, "sink_frames": 1}),
         (3, 1, 2, {"window_frames": 8, "sink_frames": 2, "sink_rope": "fixed"}),
         (3, 7, 2, {"window_frames": 12}),
+        (3, 7, 1, {"window_frames": 12}),  # only given frames so far: the next chunk takes the first chunk's steps
         (3, 2, 4, {"window_frames": None, "max_frames": 24}),
     ],
 )
