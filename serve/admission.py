@@ -22,8 +22,8 @@ REPORT_EVERY_S = 1.0
 GENERATOR_SILENT_S = 5.0
 """A generator that has not reported for this long gets no sessions."""
 
-GATEWAY_SILENT_S = 20.0
-"""The claims of a gateway that has not asked for this long are dropped."""
+GATEWAY_SILENT_S = 5.0
+"""The claims of a gateway that has not asked for this long are dropped; it restores them if it is alive after all."""
 
 SETTLE_S = 1.0
 """After a start nothing is granted for this long, so that running leases are known first."""
@@ -52,8 +52,8 @@ class GeneratorPlace:
 
     @property
     def free(self) -> int:
-        """Places that can be granted."""
-        return 0 if self.refused else self.capacity - len(self.sessions | self.granted)
+        """Places that can be granted; a lease that landed elsewhere than granted may take one that was promised."""
+        return 0 if self.refused else max(0, self.capacity - len(self.sessions | self.granted))
 
 
 class AdmissionBook:
@@ -111,9 +111,11 @@ class AdmissionBook:
                 self._queue(ticket)
         self.assign(now_s)
 
-    def seen(self, gateway_id: str, now_s: float) -> None:
-        """Note that a gateway is alive."""
+    def seen(self, gateway_id: str, now_s: float) -> bool:
+        """Note that a gateway is alive; return whether its claims are known."""
+        is_known = gateway_id in self._gateways
         self._gateways[gateway_id] = now_s
+        return is_known
 
     def confirm(self, session_id: str, replica_id: str, now_s: float) -> None:
         """Note that a session's lease began, wherever it landed."""

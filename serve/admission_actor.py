@@ -26,8 +26,11 @@ from .status import LOGGER
 NAMESPACE = "causal-forcing"
 """Ray namespace of the actor."""
 
-SYNC_TIMEOUT_S = 5.0
-"""How long a gateway's poll waits for news."""
+SYNC_TIMEOUT_S = 1.5
+"""How long a gateway's poll waits for news; each poll also says that the gateway is alive."""
+
+TELL_EVERY_S = 5.0
+"""How often a waiting session is told where it stands while nothing changes."""
 
 RETRY_S = 0.2
 """Pause before a call to an actor that is being restarted is tried again."""
@@ -49,11 +52,13 @@ class QueueView:
         epoch: Names one life of the actor.
         version: Revision of the book.
         places: Where each of its sessions stands that has not started.
+        is_known: Whether the gateway's claims were known; otherwise it must restore them.
     """
 
     epoch: str
     version: int
     places: dict[str, Place]
+    is_known: bool
 
 
 class _AdmissionActor:
@@ -108,12 +113,12 @@ class _AdmissionActor:
     async def sync(self, gateway_id: str, epoch: str, version: int) -> QueueView:
         """Return the gateway's view as soon as it is not the one of ``version``, or after a few seconds."""
         with self._change():
-            self._book.seen(gateway_id, time.monotonic())
+            is_known = self._book.seen(gateway_id, time.monotonic())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SYNC_TIMEOUT_S):
-                while epoch == self._epoch and version == self._book.revision:
+                while is_known and epoch == self._epoch and version == self._book.revision:
                     await self._changed.wait()
-        return QueueView(self._epoch, self._book.revision, self._book.places(gateway_id))
+        return QueueView(self._epoch, self._book.revision, self._book.places(gateway_id), is_known)
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
@@ -185,7 +190,7 @@ class AdmissionDesk:
         while session_id in self._tickets:
             known = None if place.replica_id else place  # a grant that was given back may come again
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SYNC_TIMEOUT_S):
+                async with asyncio.timeout(TELL_EVERY_S):
                     while self._places.get(session_id, known) == known:
                         await self._news.wait()
             place = self._places.get(session_id, place)
@@ -223,7 +228,7 @@ class AdmissionDesk:
         while True:
             try:
                 view: QueueView = await self._actor.sync.remote(self._gateway_id, self._epoch, self._version)
-                if view.epoch != self._epoch:
+                if view.epoch != self._epoch or not view.is_known:
                     await self._actor.restore.remote(self._gateway_id, list(self._tickets.values()))
                     self._epoch, self._version = view.epoch, -1
                     continue

@@ -193,7 +193,7 @@ def test_an_idle_generator_never_meets_a_waiting_session_and_places_are_never_gi
             admission.enqueue(ticket(name, time), NOW)
         elif action == "L" and known:
             admission.leave(name, NOW)
-        elif action == "C" and granted and name not in held.values():
+        elif action == "C" and granted and name not in admission._started_s:
             held[granted] = name
             admission.report(granted, 1, [name], NOW)
             admission.confirm(name, granted, NOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from causal_forcing.errors import NoCapacity
-from serve.admission import SETTLE_S
+from serve.admission import GATEWAY_SILENT_S, SETTLE_S
 from serve.admission_actor import AdmissionDesk, Reporter, _AdmissionActor
 from serve.messages import Place
 
@@ -135,6 +136,19 @@ async def test_after_a_death_the_queue_is_restored_in_order_and_running_sessions
     await desk.confirm("first", "g1")
     place = await next_place(second)
     assert (place.ahead, place.replica_id) == (0, "")
+    desk.close()
+
+
+async def test_a_gateway_that_was_taken_for_dead_restores_its_claims(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    places = desk.places("a")
+    assert await next_place(places) == Place(0)
+    actor.actor._book._gateways["gw"] -= 2 * GATEWAY_SILENT_S
+    actor.actor._book.expire(time.monotonic())
+    assert actor.actor._book.counts()["waiting"] == 0
+    generator = Reporter(actor, "g1", capacity=1)
+    generator.start()
+    assert await granted(places) == "g1"
     desk.close()
 
 
