@@ -8,7 +8,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
-BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
+BENCHMARKS := end_to_end dit restore vae gateway_path gateway_stream grant_router
 ARGS ?=
 
 .PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench full-size \
