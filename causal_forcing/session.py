@@ -246,19 +246,14 @@ class Session:
             state.text = None
             state.forget(change)
             state.cache_is_stale |= change.policy is SwitchPolicy.RECACHE
-        if self._anchor_is_due():
-            state.cache_is_stale, state.anchored_chunk = True, state.chunk_index
+        every = self.config.anchor_every_chunks
+        if every is not None and state.chunk_index % every == 0:
+            state.cache_is_stale = True  # an anchor: an exact restore can start here
         if state.text is None:
             assert state.prompt.embeds is not None
             state.text = self.engine.transformer.read_text(state.prompt.embeds)
         if state.cache_is_stale:
             self._rebuild()
-
-    def _anchor_is_due(self) -> bool:
-        """Return whether the cache is rebuilt before the next chunk, so that an exact restore can start there."""
-        every, state = self.config.anchor_every_chunks, self.state
-        due = every is not None and state.chunk_index > 0 and state.chunk_index % every == 0
-        return due and state.anchored_chunk != state.chunk_index
 
     def _open_chunk(self, frames: int) -> ChunkContext:
         """Return the context of the next frames, with the sink's keys rotated to where these frames expect them."""

@@ -21,7 +21,7 @@ from causal_forcing.transformer import TextMemory
 if TYPE_CHECKING:
     from causal_forcing.session import Session
 
-_COUNTERS = ("chunk_index", "scene_chunks", "anchored_chunk", "rebuilt_chunk", "cache_is_stale")
+_COUNTERS = ("chunk_index", "scene_chunks", "rebuilt_chunk", "cache_is_stale")
 """Host-side values of a :class:`SessionState` that a snapshot copies as they are."""
 
 

@@ -141,7 +141,6 @@ class SessionState:
         cache_is_stale: Whether the cache must be rebuilt from ``latents`` before anything reads it.
         chunk_index: Index of the next chunk.
         scene_chunks: Chunks generated (not given) since the scene began.
-        anchored_chunk: Chunk before which the cache was last rebuilt as an anchor; -1 if never.
         rebuilt_chunk: Chunk before which the cache was last rebuilt on demand; -1 if never.
         failed: Why the session cannot go on, or None.
     """
@@ -154,7 +153,6 @@ class SessionState:
     cache_is_stale: bool = False
     chunk_index: int = 0
     scene_chunks: int = 0
-    anchored_chunk: int = -1
     rebuilt_chunk: int = -1
     failed: str | None = None
 
@@ -242,5 +240,5 @@ class SessionState:
         self.latents = {}
         self.cache_is_stale = False
         self.chunk_index = self.scene_chunks = 0
-        self.anchored_chunk = self.rebuilt_chunk = -1
+        self.rebuilt_chunk = -1
         self.failed = None
