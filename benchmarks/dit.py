@@ -2,11 +2,13 @@
 
     python benchmarks/dit.py                     every case, eager and compiled, two threads
     python benchmarks/dit.py --cases small_16    some of them
+    python benchmarks/dit.py --reference DIR     beside the reference's code, from a checkout (see peer.py)
+    python benchmarks/dit.py --cpu-time          one thread, by its processor time, on a busy machine
 
 Cases: ``small_16`` and ``small_64`` are 8 blocks of width 256 with 16 and 64 tokens a frame and 21 frames of context;
 ``wan_30x52`` and ``wan_60x104`` are two blocks of the 1.3B model with 21 and 6 frames of context at those latent sizes.
-Each round runs every contender once, so that what else the machine does falls on all of them; ratios are medians over
-rounds.
+Each round runs every contender once (small ones as many passes as a chunk has, and counts their mean), so that what
+else the machine does falls on all of them; ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from _report import paused_training, spread, write
+from peer import load_reference, reference_call
+from torch import Tensor
 
 from causal_forcing.compile import compile_transformer
 from causal_forcing.config import SessionConfig, TransformerConfig
@@ -33,6 +38,10 @@ from causal_forcing.transformer import CausalTransformer, ChunkContext
 from causal_forcing.weights.initialise import seeded_weights
 
 MATRIX = 1536
+PASSES = 5
+"""Of a chunk: four steps and the context pass."""
+
+TIMESTEP = 937.5
 SMALL = TransformerConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=128, text_len=64)
 WAN_TWO_BLOCKS = dataclasses.replace(WAN_1_3B, num_layers=2)
 
@@ -59,6 +68,11 @@ class Case:
         return SessionConfig(height=self.height, width=self.width, window_frames=self.window)
 
     @property
+    def is_small(self) -> bool:
+        """Whether a pass takes milliseconds."""
+        return self.config is SMALL
+
+    @property
     def flops(self) -> int:
         """Operations of a forward pass: linears, attention to the window and to the prompt, patches and head.
 
@@ -78,61 +92,97 @@ CASES = {
 }
 
 
-def forward_call(case: Case, *, compiled: bool) -> Callable[[], object]:
-    """Return a call that runs one forward pass of the next frame, the window being full."""
-    config, session = case.config, case.session
-    device = torch.device("cpu")
+@dataclass(frozen=True)
+class Inputs:
+    """What every contender of a case reads."""
+
+    weights: dict[str, Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+    text: Tensor
+    latents: Tensor
+
+    @classmethod
+    def draw(cls, case: Case) -> Inputs:
+        """Return random inputs of a case."""
+        config, geometry = case.config, case.session.geometry
+        with torch.device("meta"):
+            transformer = CausalTransformer(config)
+        rows = (1, config.num_heads, case.window * geometry.tokens_per_frame, config.head_dim)
+        keys, values = ([torch.randn(rows) for _ in range(config.num_layers)] for _ in range(2))
+        text = torch.randn(1, config.text_len, config.text_dim)
+        return cls(seeded_weights(transformer, 0), keys, values, text, torch.randn(geometry.latent_shape(1)))
+
+
+def our_call(case: Case, inputs: Inputs, *, compiled: bool) -> Callable[[], Tensor]:
+    """Return a call that runs one forward pass of the newest frame of a full window."""
+    config, session, device = case.config, case.session, torch.device("cpu")
     with torch.device("meta"):
         transformer = CausalTransformer(config)
-    transformer.load_state_dict(seeded_weights(transformer, 0), assign=True)
+    transformer.load_state_dict({name: t.clone() for name, t in inputs.weights.items()}, assign=True)
     transformer.requires_grad_(False).eval()
-    if case.session.geometry.tokens_per_frame <= FEW_TOKENS:
+    if session.geometry.tokens_per_frame <= FEW_TOKENS:
         transformer.pack_for_few_tokens()
     if compiled:
         compile_transformer(transformer)
     with torch.inference_mode():
         cache = KeyValueCache(config, cache_layout(session), device=device, dtype=torch.float32)
-        for tensor in (*cache.keys, *cache.values):
-            tensor.normal_()
-        cache.skip(case.window)
+        for held, given in zip((*cache.keys, *cache.values), (*inputs.keys, *inputs.values), strict=True):
+            held.copy_(given)
+        cache.skip(case.window - 1)
         plan = cache.plan(1)
         rotation = RotaryEmbedding(config, session.geometry, device).rotation([plan.start])
-        text = transformer.read_text(torch.randn(1, config.text_len, config.text_dim))
-        context = ChunkContext(cache, plan, rotation, text)
-        modulation, latents = transformer.modulate(937.5), torch.randn(session.geometry.latent_shape(1))
+        context = ChunkContext(cache, plan, rotation, transformer.read_text(inputs.text))
+        modulation = transformer.modulate(TIMESTEP)
 
-    def call() -> object:
+    def call() -> Tensor:
         with torch.inference_mode():
-            return transformer(latents, modulation, context)
+            velocity: Tensor = transformer(inputs.latents, modulation, context)
+            return velocity
 
     return call
 
 
-def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Return the times of a forward pass, eager and compiled, and their shares of matrix multiplication speed."""
-    matrix = torch.randn(MATRIX, MATRIX)
-    contenders = {
-        "eager": forward_call(case, compiled=False),
-        "compiled": forward_call(case, compiled=True),
-        "matmul": lambda: matrix @ matrix,
-    }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 2):
-        for name, call in contenders.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - started))
-    times = {name: values[2:] for name, values in times.items()}  # compilation and warm-up
+def contenders(case: Case, reference: Path | None) -> dict[str, Callable[[], Tensor]]:
+    """Return everything that is timed; all but the matrix multiplication compute the same."""
+    inputs, matrix = Inputs.draw(case), torch.randn(MATRIX, MATRIX)
+    calls = {name: our_call(case, inputs, compiled=name == "compiled") for name in ("eager", "compiled")}
+    if reference is not None:
+        model = load_reference(reference, case.config, inputs.weights)
+        calls["reference"] = reference_call(
+            model, inputs.latents, TIMESTEP, text=inputs.text, keys=inputs.keys, values=inputs.values
+        )
+    expected = calls["eager"]()
+    for name, call in calls.items():
+        torch.testing.assert_close(call(), expected, atol=1e-4, rtol=0, msg=f"{name} computes something else")
+    return {**calls, "matmul": lambda: matrix @ matrix}
+
+
+def measure(case: Case, rounds: int, clock: Callable[[], float], reference: Path | None) -> dict[str, Any]:
+    """Return the times of a forward pass and how they compare."""
+    calls = contenders(case, reference)
+    repeats = PASSES if case.is_small else 1
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            count = 1 if name == "matmul" else repeats
+            started = clock()
+            for _ in range(count):
+                call()
+            times[name].append(1000 * (clock() - started) / count)
+    peak = 2 * MATRIX**3
     result: dict[str, Any] = {
         "gigaflops": round(case.flops / 1e9, 4),
-        "matmul_peak_gflops_per_s": round(2 * MATRIX**3 / 1e6 / min(times["matmul"]), 1),
+        "matmul_peak_gflops_per_s": round(peak / 1e6 / min(times["matmul"]), 1),
     }
-    for name in ("eager", "compiled"):
+    for name in calls.keys() - {"matmul"}:
         shares = [
-            (case.flops / mine) / (2 * MATRIX**3 / other)
-            for mine, other in zip(times[name], times["matmul"], strict=True)
+            (case.flops / mine) / (peak / other) for mine, other in zip(times[name], times["matmul"], strict=True)
         ]
         result[name] = {"ms": spread(times[name]), "fraction_of_matmul": round(statistics.median(shares), 3)}
+        if reference is not None:
+            ratios = [other / mine for mine, other in zip(times[name], times["reference"], strict=True)]
+            result[name]["times_faster_than_reference"] = round(statistics.median(ratios), 2)
     return result
 
 
@@ -155,16 +205,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="of every contender of a small case")
     parser.add_argument("--large-rounds", type=int, default=3, help="of every contender of a case at 1.3B width")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reference", type=Path, help="checkout of github.com/thu-ml/Causal-Forcing")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, timed by its processor time")
+    parser.add_argument("--name", default="dit", help="of the result file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    threads = 1 if arguments.cpu_time else arguments.threads
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
+    results = {}
     with paused_training() as paused:
-        results = {
-            name: measure(CASES[name], arguments.rounds if name.startswith("small") else arguments.large_rounds)
-            for name in arguments.cases.split(",")
-        }
-    settings = {"threads": arguments.threads, "torch": torch.__version__, "training_paused": paused}
-    write("dit", {"settings": settings, "cases": results, "readme": readme_rows(results)})
+        for name in arguments.cases.split(","):
+            rounds = arguments.rounds if CASES[name].is_small else arguments.large_rounds
+            results[name] = measure(CASES[name], rounds, clock, arguments.reference)
+    settings = {
+        "threads": threads,
+        "clock": "processor time" if arguments.cpu_time else "wall",
+        "torch": torch.__version__,
+        "training_paused": paused,
+    }
+    write(arguments.name, {"settings": settings, "cases": results, "readme": readme_rows(results)})
 
 
 if __name__ == "__main__":
