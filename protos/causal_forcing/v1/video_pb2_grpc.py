@@ -40,6 +40,31 @@ class VideoServiceStub:
                 request_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.StreamVideoRequest.SerializeToString,
                 response_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.StreamVideoResponse.FromString,
                 _registered_method=True)
+        self.GenerateVideo = channel.unary_stream(
+                '/causal_forcing.v1.VideoService/GenerateVideo',
+                request_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GenerateVideoRequest.SerializeToString,
+                response_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GenerateVideoResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/causal_forcing.v1.VideoService/GetModel',
+                request_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.GetSession = channel.unary_unary(
+                '/causal_forcing.v1.VideoService/GetSession',
+                request_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetSessionRequest.SerializeToString,
+                response_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetSessionResponse.FromString,
+                _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/causal_forcing.v1.VideoService/ListSessions',
+                request_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/causal_forcing.v1.VideoService/EndSession',
+                request_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
 
 
 class VideoServiceServicer:
@@ -53,6 +78,42 @@ class VideoServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateVideo(self, request, context):
+        """Streams a video of a given length, for clients that only read. The server gives itself credit at the pace of the
+        video, so a client that stops reading without a cancel costs at most `duration` of a generator's time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Tells which model this service runs and what sessions may ask for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSession(self, request, context):
+        """Tells where one of the caller's sessions stands; any gateway knows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """Operators only: all sessions of the service.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Operators only: ends a session; its client is told (SESSION_ENDED_BY_OPERATOR).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VideoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +121,31 @@ def add_VideoServiceServicer_to_server(servicer, server):
                     servicer.StreamVideo,
                     request_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.StreamVideoRequest.FromString,
                     response_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.StreamVideoResponse.SerializeToString,
+            ),
+            'GenerateVideo': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateVideo,
+                    request_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GenerateVideoRequest.FromString,
+                    response_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GenerateVideoResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetModelRequest.FromString,
+                    response_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSession,
+                    request_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetSessionRequest.FromString,
+                    response_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetSessionResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.ListSessionsRequest.FromString,
+                    response_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.EndSessionRequest.FromString,
+                    response_serializer=protos_dot_causal__forcing_dot_v1_dot_video__pb2.EndSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +176,141 @@ class VideoService:
             '/causal_forcing.v1.VideoService/StreamVideo',
             protos_dot_causal__forcing_dot_v1_dot_video__pb2.StreamVideoRequest.SerializeToString,
             protos_dot_causal__forcing_dot_v1_dot_video__pb2.StreamVideoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateVideo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/causal_forcing.v1.VideoService/GenerateVideo',
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.GenerateVideoRequest.SerializeToString,
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.GenerateVideoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/causal_forcing.v1.VideoService/GetModel',
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetModelRequest.SerializeToString,
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/causal_forcing.v1.VideoService/GetSession',
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetSessionRequest.SerializeToString,
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/causal_forcing.v1.VideoService/ListSessions',
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.ListSessionsRequest.SerializeToString,
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/causal_forcing.v1.VideoService/EndSession',
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.EndSessionRequest.SerializeToString,
+            protos_dot_causal__forcing_dot_v1_dot_video__pb2.EndSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
