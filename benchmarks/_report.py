@@ -56,11 +56,25 @@ def write(name: str, result: dict[str, Any]) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     document = {
         "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "load": round(os.getloadavg()[0], 2)},
+        "command": " ".join(["python", *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv)]),
+        "hardware": {
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "load": round(os.getloadavg()[0], 2),
+        },
         **result,
     }
     text = json.dumps(document, indent=2) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(text)
     print(text, end="")
+
+
+def _processor() -> str:
+    """Return the processor's name, or nothing where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""

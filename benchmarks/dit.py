@@ -191,7 +191,12 @@ def readme_rows(results: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "measure": f"transformer forward, {name}, {how}",
-            "value": f"{result[how]['ms']['median']} ms, {result[how]['fraction_of_matmul']:.0%} of matmul speed",
+            "value": f"{result[how]['ms']['median']} ms, {result[how]['fraction_of_matmul']:.0%} of matmul speed"
+            + (
+                f", {result[how]['times_faster_than_reference']} times as fast as the reference"
+                if "reference" in result
+                else ""
+            ),
         }
         for name, result in results.items()
         for how in ("eager", "compiled")

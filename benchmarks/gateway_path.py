@@ -167,7 +167,7 @@ async def one_session(stub: video_pb2_grpc.VideoServiceStub, chunks: int, chunk_
     while (message := await call.read()) is not grpc.aio.EOF:
         if message.frame.last_in_chunk:
             delays.append(1e3 * (time.time() - message.frame.timings.denoise.ToNanoseconds() / 1e9))
-            with contextlib.suppress(asyncio.InvalidStateError):
+            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # the call has ended
                 await call.write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=message.frame.chunk_index)))
     return delays
 

@@ -81,7 +81,7 @@ def parse_prompt(text: str) -> WeightedPrompt:
     """Return a prompt given as ``text`` or ``text::weight``.
 
     Raises:
-        InvalidRequest: The text is blank or too long, or the weight is not a number that is finite and at least 0.
+        InvalidRequest: The text is blank or too long, or the weight is not a number from 0 to 1,000,000.
     """
     words, mark, weight = text.rpartition("::")
     if not mark:
