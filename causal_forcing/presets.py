@@ -212,10 +212,10 @@ _TOKENIZER = _wan(
 )
 _VAE_FILES = {
     "wan": _wan("Wan2.1_VAE.pth", 507_609_880, "38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981"),
-    # No commit, size or hash of these three is known.
-    "lightvae": CheckpointFile("lightx2v/Autoencoders", "lightvaew2_1.pth"),
-    "tae": CheckpointFile("lightx2v/Autoencoders", "taew2_1.pth", licence="MIT (madebyollin/taehv)"),
-    "lighttae": CheckpointFile("lightx2v/Autoencoders", "lighttaew2_1.pth"),
+    # No commit, size or hash of these three is known. Source of the licence: daydreamlive/Autoencoders, a mirror.
+    "lightvae": CheckpointFile("lightx2v/Autoencoders", "lightvaew2_1.pth", licence="Apache-2.0"),
+    "tae": CheckpointFile("lightx2v/Autoencoders", "taew2_1.pth", licence="Apache-2.0 (taehv: MIT)"),
+    "lighttae": CheckpointFile("lightx2v/Autoencoders", "lighttaew2_1.pth", licence="Apache-2.0"),
 }
 
 
