@@ -53,6 +53,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "demo": Command("serve.commands.demo", "run the whole service once on this machine and write a video"),
         "serve": Command("serve.commands.serve", "run the service until Ctrl-C"),
         "stream": Command("serve.commands.stream", "receive a video from a running service"),
+        "config": Command(
+            "serve.commands.config", "check or show a service's configuration, or make a cluster's of it"
+        ),
         "generate": Command("causal_forcing.commands.generate", "generate a video in this process"),
         "download": Command("causal_forcing.commands.download", "fetch the weights of a preset"),
         "convert": Command("causal_forcing.commands.convert", "rewrite a checkpoint as safetensors"),

@@ -34,6 +34,9 @@ DRAIN_MARGIN_S = 60.0
 SPARE_CALLS = 50
 """Calls that a gateway takes beyond its sessions, to refuse them itself and at once."""
 
+POOL_SHARE = 0.001
+"""What a replica takes of its pool's resource: next to nothing, for it only says where to run."""
+
 QUIET = LoggingConfig(enable_access_log=False)
 """For deployments that are called for every chunk: Serve would write a line for each."""
 
@@ -75,12 +78,13 @@ def build(config: ServiceConfig) -> Application:
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         **common,
     )(Gateway)
-    bound: Application = gateway.bind(
+    pools = config.placement
+    bound: Application = _in_pool(gateway, pools.gateway).bind(
         config,
         admission,
-        text_encoder.bind(config),
-        generator.bind(config, admission),
-        decoder.bind(config),
+        _in_pool(text_encoder, pools.text_encoder).bind(config),
+        _in_pool(generator, pools.generator).bind(config, admission),
+        _in_pool(decoder, pools.vae_decoder).bind(config),
     )
     return bound
 
@@ -94,6 +98,19 @@ def admission_name(config: ServiceConfig) -> str:
     """Return the name of the admission actor: the same for all replicas of one version of the application."""
     version = hashlib.sha256(f"{__version__} {config.model_dump_json()}".encode()).hexdigest()[:12]
     return f"admission-{version}"
+
+
+def pool_resource(pool: str) -> str:
+    """Return Ray's name of the custom resource that the nodes of a pool have."""
+    return f"pool-{pool}"
+
+
+def _in_pool(deployment: Any, pool: str | None) -> Any:  # noqa: ANN401  (ray's deployments are untyped)
+    """Return a deployment whose replicas run on the nodes of a pool only."""
+    if pool is None:
+        return deployment
+    options = {**deployment.ray_actor_options, "resources": {pool_resource(pool): POOL_SHARE}}
+    return deployment.options(ray_actor_options=options)
 
 
 def _router(patience_s: float) -> RequestRouterConfig:

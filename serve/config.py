@@ -110,6 +110,33 @@ class VaeDecoderConfig(WorkerConfig):
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
 
 
+Pool = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]
+"""Name of a kind of node."""
+
+
+class Placement(Section):
+    """Where deployments run: each on the nodes of a pool, or anywhere.
+
+    A node belongs to a pool by Ray's custom resource ``pool-NAME``.
+
+    Attributes:
+        gateway: Pool of the gateways.
+        text_encoder: Pool of the text encoders.
+        generator: Pool of the generators.
+        vae_decoder: Pool of the VAE decoders.
+    """
+
+    gateway: Pool | None = None
+    text_encoder: Pool | None = None
+    generator: Pool | None = None
+    vae_decoder: Pool | None = None
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """Names of all pools, each once."""
+        return tuple(sorted({pool for pool in self.model_dump().values() if pool is not None}))
+
+
 class SimulatedConfig(Section):
     """An accelerator that only sleeps, for load tests of everything around it.
 
@@ -141,6 +168,7 @@ class ServiceConfig(Section):
             for a service behind a front that authenticates.
         grpc_port: Port of the gRPC proxy.
         http_port: Port of the HTTP proxy (health and readiness).
+        placement: Which nodes of a cluster run what.
     """
 
     preset: str = "tiny"
@@ -158,6 +186,7 @@ class ServiceConfig(Section):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     generator: WorkerConfig = WorkerConfig()
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
+    placement: Placement = Placement()
     simulated: SimulatedConfig | None = None
 
     @model_validator(mode="after")

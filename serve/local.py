@@ -66,16 +66,18 @@ def local_service(config: ServiceConfig, *, verbose: bool = False) -> Iterator[L
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(level)
     try:
-        _start_ray(verbose=verbose)
+        _start_ray(config, verbose=verbose)
         deploy(config)
         yield LocalService(f"127.0.0.1:{config.grpc_port}")
     finally:
         ray.shutdown()
 
 
-def _start_ray(*, verbose: bool) -> None:
+def _start_ray(config: ServiceConfig, *, verbose: bool) -> None:
     """Start a cluster of our own; Ray gives a busy machine half a minute, so a second try often helps."""
     import ray
+
+    from .app import pool_resource
 
     on_terminate = signal.getsignal(signal.SIGTERM)
     for attempts_left in (1, 0):
@@ -86,6 +88,7 @@ def _start_ray(*, verbose: bool) -> None:
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
+                resources={pool_resource(pool): 1 for pool in config.placement.pools},  # this machine is all of them
             )
         except Exception as error:  # Ray raises a bare Exception when it runs out of time
             ray.shutdown()

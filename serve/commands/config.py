@@ -1,0 +1,48 @@
+"""`causal-forcing config`: check a configuration file, show what it means, and turn it into what clusters take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from serve.config import ServiceConfig, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of `config`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, summary in (
+        ("check", "say whether the file is right; the first problem is named"),
+        ("show", "print the whole configuration, defaults included"),
+        ("serve", "print Ray Serve's configuration for `serve deploy`"),
+    ):
+        action = actions.add_parser(name, help=summary, description=summary)
+        action.add_argument("file", type=Path, help="YAML file of the service")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked and return 0.
+
+    Raises:
+        InvalidRequest: If the file cannot be read, or a value in it is not allowed.
+    """
+    config = load_config(args.file)
+    print({"check": _check, "show": _show, "serve": _serve}[args.action](config))
+    return 0
+
+
+def _check(config: ServiceConfig) -> str:
+    height, width = config.allowed_sizes[0]
+    return f"right: preset {config.preset} ({config.engine}) on {config.device}, {height}x{width}, VAE {config.vae}"
+
+
+def _show(config: ServiceConfig) -> str:
+    from serve.serve_config import to_yaml
+
+    return to_yaml(config.model_dump(mode="json")).rstrip()
+
+
+def _serve(config: ServiceConfig) -> str:
+    from serve.serve_config import serve_config, to_yaml
+
+    return to_yaml(serve_config(config)).rstrip()
