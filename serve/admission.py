@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from causal_forcing.errors import NoCapacity
 
-from .messages import Place, Ticket
+from .messages import GeneratorDemand, Place, Ticket
 
 REPORT_EVERY_S = 1.0
 """How often a generator reports while nothing changes."""
@@ -42,6 +42,8 @@ class GeneratorPlace:
         granted: Sessions that were sent there and not seen yet.
         reported_s: When it last reported.
         refused: A session could not reach it since then.
+        node_id: The node it runs on.
+        is_kept: Whether Serve keeps it; None until Serve, if it scales generators, has said so.
     """
 
     capacity: int
@@ -49,11 +51,18 @@ class GeneratorPlace:
     granted: set[str] = field(default_factory=set)
     reported_s: float = 0.0
     refused: bool = False
+    node_id: str = ""
+    is_kept: bool | None = None
+
+    @property
+    def held(self) -> int:
+        """Places that are taken or promised."""
+        return len(self.sessions | self.granted)
 
     @property
     def free(self) -> int:
         """Places that can be granted; a lease that landed elsewhere than granted may take one that was promised."""
-        return 0 if self.refused else max(0, self.capacity - len(self.sessions | self.granted))
+        return 0 if self.refused or self.is_kept is False else max(0, self.capacity - self.held)
 
 
 class AdmissionBook:
@@ -151,9 +160,9 @@ class AdmissionBook:
         self._forget(session_id)
         self.assign(now_s)
 
-    def report(self, replica_id: str, capacity: int, sessions: Iterable[str], now_s: float) -> None:
+    def report(self, replica_id: str, capacity: int, sessions: Iterable[str], now_s: float, node_id: str = "") -> None:
         """Take a generator's word for the sessions it holds."""
-        place = self._generators.setdefault(replica_id, GeneratorPlace(capacity))
+        place = self._generators.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
         place.capacity, place.sessions = capacity, frozenset(sessions)
         place.reported_s, place.refused = now_s, False
         self.assign(now_s)
@@ -161,6 +170,24 @@ class AdmissionBook:
     def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone; sessions granted to it stay with their gateways, which will refuse it."""
         self._generators.pop(replica_id, None)
+
+    def demand(self, running: Iterable[str]) -> GeneratorDemand:
+        """Return the need for generators, and take Serve's word for those it keeps.
+
+        A generator that is no longer among them is being stopped: it gets no sessions, and it ends with those it has.
+        """
+        kept = set(running)
+        for replica_id, place in self._generators.items():
+            if replica_id in kept:
+                place.is_kept = True
+            elif place.is_kept:
+                place.is_kept = False
+        able = {replica_id: place for replica_id, place in self._generators.items() if place.is_kept is not False}
+        return GeneratorDemand(
+            waiting=len(self._waiting),
+            held={replica_id: place.held for replica_id, place in able.items()},
+            nodes={replica_id: place.node_id for replica_id, place in able.items()},
+        )
 
     def expire(self, now_s: float) -> None:
         """Forget generators and gateways that have fallen silent, and grant what can be granted."""

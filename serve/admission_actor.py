@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError
 from .admission import REPORT_EVERY_S, AdmissionBook
 from .detached import detached
 from .errors import Unavailable
-from .messages import Place, Ticket
+from .messages import GeneratorDemand, Place, Ticket
 from .status import LOGGER
 
 NAMESPACE = "causal-forcing"
@@ -96,10 +96,10 @@ class _AdmissionActor:
         with self._change():
             self._book.leave(session_id, time.monotonic())
 
-    async def report(self, replica_id: str, capacity: int, sessions: list[str]) -> None:
+    async def report(self, replica_id: str, capacity: int, sessions: list[str], node_id: str = "") -> None:
         """Take a generator's word for its sessions."""
         with self._change():
-            self._book.report(replica_id, capacity, sessions, time.monotonic())
+            self._book.report(replica_id, capacity, sessions, time.monotonic(), node_id)
 
     async def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone."""
@@ -109,6 +109,10 @@ class _AdmissionActor:
     async def counts(self) -> dict[str, int]:
         """Return how many sessions wait and run, and how many generators there are and are idle."""
         return self._book.counts()
+
+    async def demand(self, running: list[str]) -> GeneratorDemand:
+        """Return the need for generators; ``running`` are those that Serve keeps."""
+        return self._book.demand(running)
 
     async def sync(self, gateway_id: str, epoch: str, version: int) -> QueueView:
         """Return the gateway's view as soon as it is not the one of ``version``, or after a few seconds."""
@@ -157,6 +161,15 @@ def connect(name: str, max_queued: int) -> Any:  # noqa: ANN401  (ray's handles 
     actor: Any = ray.remote(_AdmissionActor)
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     return actor.options(**named, num_cpus=0, max_concurrency=10_000, max_restarts=-1).remote(max_queued)
+
+
+def find(name: str) -> Any:  # noqa: ANN401  (ray's handles are untyped)
+    """Return the admission actor of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return ray.get_actor(name, namespace=NAMESPACE)
 
 
 class AdmissionDesk:
@@ -262,10 +275,11 @@ class AdmissionDesk:
 class Reporter:
     """A generator's end: reports its sessions whenever they change, and every second."""
 
-    def __init__(self, actor: Any, replica_id: str, capacity: int) -> None:  # noqa: ANN401  (ray's handles)
+    def __init__(self, actor: Any, replica_id: str, capacity: int, node_id: str = "") -> None:  # noqa: ANN401  (ray's)
         self._actor = actor
         self._replica_id = replica_id
         self._capacity = capacity
+        self._node_id = node_id
         self._sessions: set[str] = set()
         self._changed = asyncio.Event()
         self._waiting: list[asyncio.Event] = []
@@ -296,7 +310,8 @@ class Reporter:
             self._changed.clear()
             waiting, self._waiting = self._waiting, []
             with contextlib.suppress(RayActorError):  # it is being restarted; the next report tells it all
-                await self._actor.report.remote(self._replica_id, self._capacity, sorted(self._sessions))
+                sessions = sorted(self._sessions)
+                await self._actor.report.remote(self._replica_id, self._capacity, sessions, self._node_id)
             for reported in waiting:
                 reported.set()
             with contextlib.suppress(TimeoutError):

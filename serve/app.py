@@ -10,12 +10,12 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from causal_forcing.version import __version__
 
-from .config import ServiceConfig, WorkerConfig
+from .config import CallScaling, GatewayScaling, Scaled, ServiceConfig, WorkerConfig
 from .gateway import Gateway
 from .generator import Generator
 from .router import PreferredReplicaRouter
@@ -40,6 +40,9 @@ POOL_SHARE = 0.001
 QUIET = LoggingConfig(enable_access_log=False)
 """For deployments that are called for every chunk: Serve would write a line for each."""
 
+LOOK_BACK_S = 15.0
+"""Time over which Serve averages calls under way; replicas and handles report them every 10 s."""
+
 HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 60}
 """A health check waits for a step that holds the interpreter; a dead process is found at once in any case."""
 
@@ -53,13 +56,15 @@ def build(config: ServiceConfig) -> Application:
         name="TextEncoder",
         max_ongoing_requests=512,
         logging_config=QUIET,
+        **_scale(config.text_encoder),
         **_placement(config.text_encoder),
         **common,
     )(TextEncoder)
     generator = serve.deployment(
         name="Generator",
-        max_ongoing_requests=1,
+        max_ongoing_requests=config.generator.sessions_per_replica,
         request_router_config=_router(patience_s=2.0),
+        **_scale_generators(config, admission),
         **_placement(config.generator),
         **common,
     )(Generator)
@@ -68,14 +73,15 @@ def build(config: ServiceConfig) -> Application:
         max_ongoing_requests=512,
         logging_config=QUIET,
         request_router_config=_router(patience_s=10.0),
+        **_scale(config.vae_decoder),
         **_placement(config.vae_decoder),
         **common,
     )(VaeDecoder)
     gateway = serve.deployment(
         name="Gateway",
-        num_replicas=config.gateway.replicas,
         max_ongoing_requests=config.gateway.max_sessions + SPARE_CALLS,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        **_scale(config.gateway),
         **common,
     )(Gateway)
     pools = config.placement
@@ -122,4 +128,42 @@ def _placement(worker: WorkerConfig) -> dict[str, Any]:
     options: dict[str, float] = {"num_cpus": worker.num_cpus}
     if worker.num_gpus:
         options["num_gpus"] = worker.num_gpus
-    return {"num_replicas": worker.replicas, "ray_actor_options": options}
+    return {"ray_actor_options": options}
+
+
+def _scale(deployment: Scaled) -> dict[str, Any]:
+    """Return the options that say how many replicas there are; Serve counts calls, for a gateway sessions."""
+    match deployment.autoscaling:
+        case CallScaling(target_calls=target) | GatewayScaling(target_sessions=target):
+            return {"autoscaling_config": _autoscaling(deployment, target)}
+    return {"num_replicas": deployment.replicas}
+
+
+def _scale_generators(config: ServiceConfig, admission: str) -> dict[str, Any]:
+    """Return the options that say how many generators there are; our policy counts sessions."""
+    generator = config.generator
+    if generator.autoscaling is None:
+        return {"num_replicas": generator.replicas}
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function="serve.autoscaling:GeneratorPolicy",
+        policy_kwargs={
+            "admission": admission,
+            "sessions_per_replica": generator.sessions_per_replica,
+            "spare_sessions": generator.autoscaling.spare_sessions,
+        },
+    )
+    return {"autoscaling_config": _autoscaling(generator, generator.sessions_per_replica, policy=policy)}
+
+
+def _autoscaling(deployment: Scaled, target: float, **more: Any) -> AutoscalingConfig:  # noqa: ANN401
+    scaling = deployment.autoscaling
+    assert scaling is not None
+    return AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        target_ongoing_requests=target,
+        upscale_delay_s=scaling.upscale_delay_s,
+        downscale_delay_s=scaling.downscale_delay_s,
+        look_back_period_s=LOOK_BACK_S,
+        **more,
+    )

@@ -6,14 +6,17 @@ Every option has an effect; one that could not have any in the given combination
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from causal_forcing.errors import InvalidRequest
+from causal_forcing.errors import InvalidRequest, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
+
+if TYPE_CHECKING:
+    from causal_forcing.weights.memory import MemoryPlan
 
 Replicas = Annotated[int, Field(ge=1, le=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -57,44 +60,150 @@ class Limits(Section):
         return self
 
 
-class GatewayConfig(Section):
-    """The gRPC ingress.
+class Scaling(Section):
+    """Between how many replicas a deployment moves by itself, and how soon.
 
     Attributes:
-        replicas: How many.
+        min_replicas: Fewest; 0 stops them all while there is nothing to do.
+        max_replicas: Most.
+        upscale_delay_s: How long more must be wanted before replicas start.
+        downscale_delay_s: How long fewer must be wanted before replicas stop.
+    """
+
+    min_replicas: Annotated[int, Field(ge=0, le=1024)] = 1
+    max_replicas: Replicas
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 120
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.min_replicas >= self.max_replicas:
+            raise ValueError("min_replicas must be less than max_replicas; a fixed number is `replicas`")
+        return self
+
+
+class CallScaling(Scaling):
+    """Scales by the calls that a deployment has in hand.
+
+    Attributes:
+        target_calls: Calls under way, for each replica, averaged over some seconds.
+    """
+
+    target_calls: PositiveFloat = 2
+
+
+class GatewayScaling(Scaling):
+    """Scales by the sessions that gateways carry.
+
+    Attributes:
+        min_replicas: Fewest; a client has to be answered by one.
+        target_sessions: Sessions, waiting ones included, for each replica.
+    """
+
+    min_replicas: Replicas = 1
+    target_sessions: PositiveInt = 12
+
+
+class GeneratorScaling(Scaling):
+    """Scales by sessions: those that have a generator, those that wait for one, and some to spare.
+
+    Attributes:
+        spare_sessions: Places kept warm for sessions that have not come yet.
+    """
+
+    spare_sessions: Annotated[int, Field(ge=0, le=1024)] = 0
+
+
+class Scaled(Section):
+    """A deployment with a fixed number of replicas, or one that moves by itself.
+
+    Attributes:
+        replicas: How many, always.
+        autoscaling: Between how many, instead.
         num_cpus: CPUs that Ray sets aside for each.
-        max_sessions: Sessions one replica carries, waiting ones included.
     """
 
     replicas: Replicas = 1
+    autoscaling: Scaling | None = None
     num_cpus: Annotated[float, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check_scaling(self) -> Self:
+        if self.autoscaling is not None and "replicas" in self.model_fields_set:
+            raise ValueError("replicas can have no effect beside autoscaling")
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """Most replicas there can be."""
+        return self.autoscaling.max_replicas if self.autoscaling is not None else self.replicas
+
+
+class GatewayConfig(Scaled):
+    """The gRPC ingress.
+
+    Attributes:
+        autoscaling: Between how many replicas, instead of a fixed number.
+        max_sessions: Sessions one replica carries, waiting ones included.
+    """
+
+    autoscaling: GatewayScaling | None = None
     max_sessions: Annotated[int, Field(ge=1, le=10_000)] = 200
 
+    @model_validator(mode="after")
+    def _check_sessions(self) -> Self:
+        scaling = self.autoscaling
+        if scaling is not None and scaling.target_sessions > self.max_sessions:
+            raise ValueError("autoscaling.target_sessions must not exceed max_sessions")
+        return self
 
-class WorkerConfig(Section):
+
+class WorkerConfig(Scaled):
     """A deployment that computes.
 
     Attributes:
-        replicas: How many.
-        num_cpus: CPUs that Ray sets aside for each.
         num_gpus: GPUs that Ray gives to each; a fraction shares one.
         threads: CPU threads that PyTorch uses in each.
     """
 
-    replicas: Replicas = 1
-    num_cpus: Annotated[float, Field(ge=0)] = 0
     num_gpus: Annotated[float, Field(ge=0)] = 0
     threads: PositiveInt = 1
+
+
+class GeneratorConfig(WorkerConfig):
+    """The generator.
+
+    Attributes:
+        autoscaling: Between how many replicas, instead of a fixed number.
+        sessions_per_replica: Sessions that take turns on one device, a chunk each; each gets its share of the speed.
+        memory_bytes: Memory of one device. With it the configuration is refused if the weights and that many sessions
+            of the largest kind do not fit; without it a replica finds that out when it starts.
+    """
+
+    autoscaling: GeneratorScaling | None = None
+    sessions_per_replica: Annotated[int, Field(ge=1, le=256)] = 1
+    memory_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_spare(self) -> Self:
+        scaling, each = self.autoscaling, self.sessions_per_replica
+        if scaling is not None and scaling.spare_sessions > scaling.max_replicas * each:
+            raise ValueError(f"autoscaling.spare_sessions must not exceed the {scaling.max_replicas * each} places")
+        if scaling is not None and scaling.spare_sessions and not scaling.min_replicas:
+            raise ValueError("autoscaling.min_replicas: 0 can have no effect beside spare_sessions")
+        return self
 
 
 class TextEncoderConfig(WorkerConfig):
     """The text encoder.
 
     Attributes:
+        autoscaling: Between how many replicas, instead of a fixed number.
         max_batch: Prompts of different sessions that are encoded together.
         batch_wait_s: How long a prompt waits for company.
     """
 
+    autoscaling: CallScaling | None = None
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8
     batch_wait_s: Annotated[float, Field(ge=0, le=1)] = 0.002
 
@@ -103,10 +212,12 @@ class VaeDecoderConfig(WorkerConfig):
     """The VAE decoder.
 
     Attributes:
+        autoscaling: Between how many replicas, instead of a fixed number.
         cache_bytes: Memory for the temporal caches of sessions; the ones not used for longest are given up and made
             anew from latents when needed.
     """
 
+    autoscaling: CallScaling | None = None
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
 
 
@@ -184,7 +295,7 @@ class ServiceConfig(Section):
     limits: Limits = Limits()
     gateway: GatewayConfig = GatewayConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
-    generator: WorkerConfig = WorkerConfig()
+    generator: GeneratorConfig = GeneratorConfig()
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     placement: Placement = Placement()
     simulated: SimulatedConfig | None = None
@@ -199,6 +310,8 @@ class ServiceConfig(Section):
             raise ValueError(error.message) from error
         if self.engine == "simulated":
             given = {"weights_dir", "device"} & self.model_fields_set
+            if self.generator.memory_bytes is not None:
+                given |= {"generator.memory_bytes"}
             if given:
                 raise ValueError(f"{', '.join(sorted(given))} can have no effect on a simulated engine")
         elif self.simulated is not None:
@@ -207,7 +320,35 @@ class ServiceConfig(Section):
             self.generator.num_gpus or self.vae_decoder.num_gpus or self.text_encoder.num_gpus
         ):
             raise ValueError("num_gpus can have no effect on device: cpu")
+        scaling = self.generator.autoscaling
+        if scaling is not None and not scaling.min_replicas and not self.limits.max_queued_sessions:
+            raise ValueError("generator.autoscaling.min_replicas: 0 needs a queue (limits.max_queued_sessions)")
+        self._check_memory()
         return self
+
+    def _check_memory(self) -> None:
+        """Refuse a generator whose device cannot hold its weights and all its sessions at their largest."""
+        if self.generator.memory_bytes is None:
+            return
+        from causal_forcing.weights.memory import require_memory
+
+        limit = self.generator.memory_bytes
+        try:
+            require_memory(self.generator_memory(), self.device, free=lambda _: limit)
+        except OutOfMemory as error:
+            raise ValueError(f"generator.memory_bytes: {error.message}") from error
+
+    def generator_memory(self) -> MemoryPlan:
+        """Return what a generator replica needs with all its places taken by sessions of the largest kind."""
+        from causal_forcing.weights.loading import default_dtype
+        from causal_forcing.weights.memory import required_bytes
+
+        height, width = max(self.allowed_sizes, key=lambda size: size[0] * size[1])
+        session = self.model_preset.session_config(height=height, width=width, window_frames=self.allowed_window_frames)
+        places = self.generator.sessions_per_replica
+        return required_bytes(
+            self.model_preset, None, session, default_dtype(self.device), text_encoder=False, sessions=places
+        )
 
     @property
     def model_preset(self) -> Preset:

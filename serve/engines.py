@@ -138,9 +138,12 @@ class ModelGenerator:
 
     def __init__(self, config: ServiceConfig) -> None:
         from causal_forcing.engine import Engine
+        from causal_forcing.weights.memory import require_memory
 
         _use_threads(config.generator)
         self._config = config
+        if config.generator.sessions_per_replica > 1:  # the engine itself looks for room for one
+            require_memory(config.generator_memory(), config.device)
         self._engine: Engine = Engine.load(
             config.preset, device=config.device, vae=None, text_encoder=False, weights_dir=config.weights_dir
         )

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
@@ -205,7 +206,11 @@ class Lease:
 
 
 class GeneratorService:
-    """Runs leases, one at a time unless Serve sends more, and says so to admission."""
+    """Runs leases and says so to admission.
+
+    As many as Serve sends: they take turns on the device's one thread. Each has at most one job there at a time, and
+    the thread takes them in the order they came, so that every session gets a chunk before any gets two.
+    """
 
     def __init__(
         self, engine: GeneratorEngine, worker: ThreadPoolExecutor, replica_id: str, reporter: SessionReporter
@@ -253,7 +258,12 @@ class Generator:
         worker = ThreadPoolExecutor(1, thread_name_prefix="device")
         engine = await asyncio.get_running_loop().run_in_executor(worker, load_generator, config)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
-        reporter = Reporter(connect(admission, config.limits.max_queued_sessions), replica_id, capacity=1)
+        reporter = Reporter(
+            connect(admission, config.limits.max_queued_sessions),
+            replica_id,
+            capacity=config.generator.sessions_per_replica,
+            node_id=ray.get_runtime_context().get_node_id(),
+        )
         reporter.start()
         self._service = GeneratorService(engine, worker, replica_id, reporter)
 

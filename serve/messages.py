@@ -125,6 +125,21 @@ class Place:
 
 
 @dataclass(frozen=True)
+class GeneratorDemand:
+    """What admission knows of the need for generators.
+
+    Attributes:
+        waiting: Sessions without a generator.
+        held: Sessions at each generator that takes sessions, granted ones included.
+        nodes: The node that each of them runs on.
+    """
+
+    waiting: int
+    held: dict[str, int]
+    nodes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LeaseRequest:
     """Asks a generator for a session; the call's first argument, so that the router sees ``replica_id``.
 

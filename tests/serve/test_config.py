@@ -24,6 +24,32 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"engine": "simulated", "device": "cuda"}, "config", "no effect on a simulated engine"),
     ({"generator": {"num_gpus": 1}}, "config", "no effect on device: cpu"),
     ({"grpc_port": 70000}, "grpc_port", "65535"),
+    ({"generator": {"replicas": 2, "autoscaling": {"max_replicas": 3}}}, "generator", "no effect beside autoscaling"),
+    ({"vae_decoder": {"autoscaling": {}}}, "vae_decoder.autoscaling.max_replicas", "Field required"),
+    (
+        {"text_encoder": {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}},
+        "text_encoder.autoscaling",
+        "`replicas`",
+    ),
+    ({"gateway": {"autoscaling": {"min_replicas": 0, "max_replicas": 2}}}, "gateway.autoscaling.min_replicas", "to 1"),
+    ({"gateway": {"max_sessions": 9, "autoscaling": {"max_replicas": 2}}}, "gateway", "must not exceed max_sessions"),
+    ({"generator": {"autoscaling": {"max_replicas": 2, "spare_sessions": 3}}}, "generator", "exceed the 2 places"),
+    (
+        {"generator": {"autoscaling": {"min_replicas": 0, "max_replicas": 2, "spare_sessions": 1}}},
+        "generator",
+        "no effect beside spare_sessions",
+    ),
+    (
+        {"generator": {"autoscaling": {"min_replicas": 0, "max_replicas": 2}}, "limits": {"max_queued_sessions": 0}},
+        "config",
+        "needs a queue",
+    ),
+    ({"engine": "simulated", "generator": {"memory_bytes": 1 << 30}}, "config", "no effect on a simulated engine"),
+    (
+        {"generator": {"memory_bytes": 300 << 20, "sessions_per_replica": 64}},
+        "config",
+        "64 x keys and values of",
+    ),
 ]
 
 
@@ -50,6 +76,14 @@ def test_a_file_that_is_not_a_mapping_is_refused(text: str, tmp_path: Path) -> N
         load_config(path)
     with pytest.raises(InvalidRequest):
         load_config(tmp_path / "missing.yaml")
+
+
+def test_a_device_with_room_for_its_sessions_is_accepted() -> None:
+    one, many = ({"memory_bytes": 300 << 20, "sessions_per_replica": count} for count in (1, 64))
+    needed = load_config(None, generator=one).generator_memory().total_bytes
+    assert needed < 300 << 20
+    roomy = load_config(None, generator={**many, "memory_bytes": 16 << 30})
+    assert roomy.generator_memory().total_bytes > needed
 
 
 def test_admission_belongs_to_one_version_of_the_application() -> None:

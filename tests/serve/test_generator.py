@@ -9,13 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from causal_forcing.errors import DeviceFault
-from serve.engines import GeneratorEngine
+from serve.config import load_config
+from serve.engines import GeneratorEngine, ModelGenerator
 from serve.generator import GeneratorService, Lease
 from serve.mailbox import MailboxRoom
-from serve.messages import Credit, GeneratedChunk, LeaseEnded, LeaseEvent, LeaseRequest, LeaseStarted, SetPrompt, Stop
+from serve.messages import (
+    Credit,
+    GeneratedChunk,
+    LeaseEnded,
+    LeaseEvent,
+    LeaseRequest,
+    LeaseStarted,
+    PackedEmbedding,
+    PackedTensor,
+    SetPrompt,
+    Stop,
+)
 from serve.simulated import SimulatedGenerator
 from tests.serve.fakes import RemoteMailbox, ScriptedEngine, embedding, simulated, update
 
@@ -161,6 +174,101 @@ async def test_a_device_fault_is_told_and_remembered() -> None:
     assert (ended.failure.code, ended.failure.reason) == ("UNAVAILABLE", "DEVICE_FAULT")
     assert isinstance(bench.lease.error, DeviceFault)
     await bench.lease.close()
+
+
+class RecordingEngine(ScriptedEngine):
+    """Sessions that note whose turn it is; the first step waits until every session is there."""
+
+    def __init__(self, sessions: int) -> None:
+        super().__init__()
+        self.turns: list[str] = []
+        self._opened = 0
+        self._sessions = sessions
+
+    def open(self, config: object) -> ScriptedEngine:
+        session = RecordedSession(self)
+        self._opened += 1
+        return session
+
+    @property
+    def is_full(self) -> bool:
+        return self._opened == self._sessions
+
+
+class RecordedSession(ScriptedEngine):
+    def __init__(self, engine: RecordingEngine) -> None:
+        super().__init__()
+        self._engine = engine
+        self.index = 0
+
+    def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
+        if self._engine.is_full:
+            self._engine.turns.append(self.updates[-1])
+        return super().generate(should_stop)
+
+
+async def test_sessions_on_one_device_take_turns_chunk_by_chunk() -> None:
+    engine, count = RecordingEngine(3), 3
+    benches = [Bench(engine=engine, credit_chunks=1 << 20) for _ in range(count)]
+    for bench in benches:
+        bench.lease = Lease(bench.request, engine, benches[0].worker)
+
+    async def play(bench: Bench, name: str) -> None:
+        bench.prompt(name)
+        async with aclosing(bench.lease.events()) as events:
+            for _ in range(40):
+                await bench.next_chunk(events)
+        await bench.lease.close()
+
+    await asyncio.gather(*(play(bench, name) for bench, name in zip(benches, "abc", strict=True)))
+    turns = "".join(engine.turns)
+    together = turns[: 3 * (min(turns.rindex(name) for name in "abc") // 3)]
+    assert len(together) >= 60
+    for start in range(len(together) - 2 * count):
+        assert set(together[start : start + 2 * count]) == set("abc"), "two rounds without a session's turn"
+
+
+async def alone_or_together(names: str) -> dict[str, list[bytes]]:
+    """Return each session's latents, five chunks with a prompt switch, with these sessions on one embedded model."""
+    config = load_config(None, sizes=[[32, 32]], generator={"sessions_per_replica": 2})
+    engine, worker = ModelGenerator(config), ThreadPoolExecutor(1)
+    size = config.model_preset.transformer
+
+    async def play(name: str) -> list[bytes]:
+        room = MailboxRoom()
+        room.open(name)
+        session = config.model_preset.session_config(height=32, width=32, seed=ord(name), window_frames=4)
+        request = LeaseRequest("g", name, session, 2, RemoteMailbox(room), idle_timeout_s=60.0)
+        numbers = np.random.default_rng(ord(name)).standard_normal((2, 1, size.text_len, size.text_dim))
+        keys = [f"{name}{index}" for index in range(2)]
+        prompts = [
+            PackedEmbedding(k, PackedTensor(n.astype(np.float32), "float32"))
+            for k, n in zip(keys, numbers, strict=True)
+        ]
+        lease = Lease(request, engine, worker)
+        made = []
+        room.put(name, SetPrompt(update(prompt_id=keys[0]), (keys[0],), (prompts[0],)))
+        async with aclosing(lease.events()) as events:
+            async for event in events:
+                assert isinstance(event, GeneratedChunk)
+                made.append(event.latents.data.tobytes())
+                if len(made) == 5:
+                    break
+                if len(made) == 2:  # without credit for more, so the switch comes before the third chunk
+                    room.put(name, SetPrompt(update(prompt_id=keys[1]), (keys[1],), (prompts[1],)))
+                    room.put(name, Credit(8))
+        await lease.close()
+        return made
+
+    results = await asyncio.gather(*(play(name) for name in names))
+    return dict(zip(names, results, strict=True))
+
+
+async def test_a_session_alone_equals_the_same_session_beside_another_bit_for_bit() -> None:
+    together = await alone_or_together("ab")
+    assert together["a"] != together["b"]
+    assert together["a"] == (await alone_or_together("a"))["a"]
+    assert together["b"] == (await alone_or_together("b"))["b"]
 
 
 async def test_a_lost_mailbox_ends_the_lease() -> None:
