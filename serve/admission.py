@@ -1,7 +1,8 @@
 """Who gets the next generator: the queue, the idle generators and the grants, in one place and without input or output.
 
 A generator is idle when it says so: generators report the sessions they hold, and a grant reserves a place until the
-session is seen there, gives up, or its gateway falls silent. Everything here can be rebuilt from what gateways and
+session is seen there, gives up, or its gateway falls silent. Whose turn it is, :mod:`serve.fairness` says; a session
+goes to a generator that has a place and the memory for it. Everything here can be rebuilt from what gateways and
 generators say, which is how the actor around it (:mod:`serve.admission_actor`) survives its own death.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from causal_forcing.errors import NoCapacity
+from causal_forcing.errors import InvalidRequest, NoCapacity
 
+from .fairness import FairShares, Order
 from .messages import GeneratorDemand, Place, Ticket
 
 REPORT_EVERY_S = 1.0
@@ -31,6 +33,12 @@ SETTLE_S = 1.0
 RECENT_SESSIONS = 32
 """Sessions whose length the estimate rests on."""
 
+EXPECTED_S = 60.0
+"""What a session is charged at first while no session has ended yet, in seconds."""
+
+PASSED_OVER_S = 10.0
+"""A session that is too large for what is free is passed over for this long; then a generator is kept for it."""
+
 
 @dataclass
 class GeneratorPlace:
@@ -38,21 +46,25 @@ class GeneratorPlace:
 
     Attributes:
         capacity: Sessions it can hold.
+        budget_bytes: Memory for sessions; None where nobody counts.
         sessions: Sessions it says it holds.
         granted: Sessions that were sent there and not seen yet.
         reported_s: When it last reported.
         refused: A session could not reach it since then.
         node_id: The node it runs on.
         is_kept: Whether Serve keeps it; None until Serve, if it scales generators, has said so.
+        kept_for: The large session that it is kept for, if any.
     """
 
     capacity: int
+    budget_bytes: int | None = None
     sessions: frozenset[str] = frozenset()
     granted: set[str] = field(default_factory=set)
     reported_s: float = 0.0
     refused: bool = False
     node_id: str = ""
     is_kept: bool | None = None
+    kept_for: str = ""
 
     @property
     def held(self) -> int:
@@ -63,6 +75,10 @@ class GeneratorPlace:
     def free(self) -> int:
         """Places that can be granted; a lease that landed elsewhere than granted may take one that was promised."""
         return 0 if self.refused or self.is_kept is False else max(0, self.capacity - self.held)
+
+    def could_hold(self, nbytes: int) -> bool:
+        """Return whether a session fits when nothing else is there."""
+        return self.budget_bytes is None or nbytes <= self.budget_bytes
 
 
 class AdmissionBook:
@@ -76,48 +92,65 @@ class AdmissionBook:
         self.revision = 0
         self._max_queued = max_queued
         self._settled_s = now_s + SETTLE_S
-        self._waiting: list[tuple[float, str]] = []
+        self._shares = FairShares()
+        self._waiting: dict[str, list[tuple[float, str]]] = {}
         self._tickets: dict[str, Ticket] = {}
         self._generators: dict[str, GeneratorPlace] = {}
         self._gateways: dict[str, float] = {}
         self._started_s: dict[str, float] = {}
+        self._passed_over_s: dict[str, float] = {}
         self._lengths_s: deque[float] = deque(maxlen=RECENT_SESSIONS)
 
     def enqueue(self, ticket: Ticket, now_s: float) -> Place:
         """Add a session to the queue and return where it stands, perhaps with a generator already.
 
         Raises:
-            NoCapacity: If the queue is full; the metadata says when to come back.
+            InvalidRequest: If no generator could ever hold it (``SESSION_TOO_LARGE``).
+            NoCapacity: If the queue or the tenant's part of it is full; the metadata says when to come back.
         """
         self._gateways[ticket.gateway_id] = now_s
-        if ticket.session_id not in self._tickets:
-            self._tickets[ticket.session_id] = ticket
-            self._queue(ticket)
-            self.assign(now_s)
-            if len(self._waiting) > self._max_queued and not self._tickets[ticket.session_id].replica_id:
-                retry_s = self._estimate(len(self._waiting)) or 10.0
-                self._forget(ticket.session_id)
-                raise NoCapacity(
-                    f"all generators are busy and {self._max_queued} sessions are waiting",
-                    metadata={"retry_after_s": f"{retry_s:.0f}"},
-                )
-        return self.place(ticket.session_id)
+        if ticket.session_id in self._tickets:
+            return self.place(ticket.session_id, now_s)
+        self._require_size(ticket)
+        self._add(ticket, now_s)
+        self._queue(ticket)
+        self.assign(now_s)
+        if not self._tickets[ticket.session_id].replica_id:
+            refusal = self._overflow(ticket, now_s)
+            if refusal is not None:
+                self._forget(ticket.session_id, now_s)
+                raise refusal
+        return self.place(ticket.session_id, now_s)
 
-    def restore(self, gateway_id: str, tickets: Iterable[Ticket], now_s: float) -> None:
-        """Take a gateway's word for its sessions: add the ones not known here and drop the ones it no longer has."""
+    def restore(
+        self, gateway_id: str, tickets: Iterable[Ticket], now_s: float, ledger: Mapping[str, float] | None = None
+    ) -> None:
+        """Take a gateway's word for its sessions: add the ones not known here and drop the ones it no longer has.
+
+        Args:
+            gateway_id: Whose word it is.
+            tickets: All its sessions; a tenant's share is taken from them, known or not.
+            now_s: Now.
+            ledger: What tenants had had before this book began (see :meth:`ledger`).
+        """
         self._gateways[gateway_id] = now_s
         given = {ticket.session_id: ticket for ticket in tickets}
         for session_id, ticket in list(self._tickets.items()):
             if ticket.gateway_id == gateway_id and session_id not in given:
-                self._forget(session_id)
+                self._forget(session_id, now_s)
         for ticket in given.values():
-            if ticket.session_id in self._tickets:
+            known = self._tickets.get(ticket.session_id)
+            if known is not None:
+                self._shares.join(ticket.share, now_s, is_new=False)
+                self._tickets[ticket.session_id] = replace(known, share=ticket.share)
                 continue
-            self._tickets[ticket.session_id] = ticket
+            self._add(ticket, now_s, knows_all=now_s >= self._settled_s)
             if ticket.replica_id:
-                self._started_s[ticket.session_id] = now_s
+                self._start(ticket, now_s - ticket.held_s)
             else:
                 self._queue(ticket)
+        self._shares.restore(ledger or {})
+        self.revision += 1  # shares may have changed, and with them the order
         self.assign(now_s)
 
     def seen(self, gateway_id: str, now_s: float) -> bool:
@@ -133,8 +166,8 @@ class AdmissionBook:
             return
         self._ungrant(session_id)
         self._unqueue(ticket)
-        self._tickets[session_id] = replace(ticket, replica_id=replica_id)
-        self._started_s[session_id] = now_s
+        self._tickets[session_id] = ticket = replace(ticket, replica_id=replica_id)
+        self._start(ticket, now_s)
         place = self._generators.get(replica_id)
         if place is not None:
             place.sessions |= {session_id}
@@ -148,7 +181,9 @@ class AdmissionBook:
         if ticket is None or ticket.replica_id != replica_id:
             return
         self._ungrant(session_id)
-        self._tickets[session_id] = replace(ticket, replica_id="")
+        self._shares.refund(ticket.share.tenant, session_id)
+        self._started_s.pop(session_id, None)
+        self._tickets[session_id] = ticket = replace(ticket, replica_id="")
         self._queue(ticket)
         self.assign(now_s)
 
@@ -157,13 +192,21 @@ class AdmissionBook:
         started = self._started_s.get(session_id)
         if started is not None:
             self._lengths_s.append(now_s - started)
-        self._forget(session_id)
+        self._forget(session_id, now_s)
         self.assign(now_s)
 
-    def report(self, replica_id: str, capacity: int, sessions: Iterable[str], now_s: float, node_id: str = "") -> None:
-        """Take a generator's word for the sessions it holds."""
+    def report(
+        self,
+        replica_id: str,
+        capacity: int,
+        sessions: Iterable[str],
+        now_s: float,
+        node_id: str = "",
+        budget_bytes: int | None = None,
+    ) -> None:
+        """Take a generator's word for the sessions it holds and the memory it has for them."""
         place = self._generators.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
-        place.capacity, place.sessions = capacity, frozenset(sessions)
+        place.capacity, place.budget_bytes, place.sessions = capacity, budget_bytes, frozenset(sessions)
         place.reported_s, place.refused = now_s, False
         self.assign(now_s)
 
@@ -183,51 +226,76 @@ class AdmissionBook:
             elif place.is_kept:
                 place.is_kept = False
         able = {replica_id: place for replica_id, place in self._generators.items() if place.is_kept is not False}
+        counts = self.counts()
         return GeneratorDemand(
-            waiting=len(self._waiting),
+            waiting=counts["waiting"] - counts["blocked"],
             held={replica_id: place.held for replica_id, place in able.items()},
             nodes={replica_id: place.node_id for replica_id, place in able.items()},
         )
 
-    def expire(self, now_s: float) -> None:
-        """Forget generators and gateways that have fallen silent, and grant what can be granted."""
+    def expire(self, now_s: float) -> list[str]:
+        """Forget generators and gateways that have fallen silent, and grant what can be granted.
+
+        Returns:
+            The gateways.
+        """
         for replica_id, place in list(self._generators.items()):
             if now_s - place.reported_s > GENERATOR_SILENT_S:
                 self.retire(replica_id)
-        for gateway_id, seen_s in list(self._gateways.items()):
-            if now_s - seen_s > GATEWAY_SILENT_S:
-                del self._gateways[gateway_id]
-                for session_id in [s for s, t in self._tickets.items() if t.gateway_id == gateway_id]:
-                    self._forget(session_id)
+        silent = [gateway_id for gateway_id, seen_s in self._gateways.items() if now_s - seen_s > GATEWAY_SILENT_S]
+        for gateway_id in silent:
+            del self._gateways[gateway_id]
+            for session_id in [s for s, t in self._tickets.items() if t.gateway_id == gateway_id]:
+                self._forget(session_id, now_s)
         self.assign(now_s)
+        return silent
 
     def assign(self, now_s: float) -> None:
-        """Grant idle generators to waiting sessions, first come first served."""
-        if now_s < self._settled_s:
+        """Grant idle generators to waiting sessions, in the order of the tenants' shares."""
+        if now_s < self._settled_s or not self._waiting or not any(p.free for p in self._generators.values()):
             return
-        free = [(place.free, replica_id) for replica_id, place in self._generators.items() if place.free > 0]
-        for count, replica_id in sorted(free, reverse=True):
-            for _, session_id in self._waiting[:count]:
-                self._generators[replica_id].granted.add(session_id)
-                self._tickets[session_id] = replace(self._tickets[session_id], replica_id=replica_id)
-                self.revision += 1
-            del self._waiting[:count]
+        for session_id in self.order(now_s).ready:
+            ticket = self._tickets[session_id]
+            replica_id = self._find_place(ticket)
+            if replica_id:
+                self._grant(ticket, replica_id, now_s)
+            elif any(place.free for place in self._generators.values()):
+                self._pass_over(ticket, now_s)
+            else:
+                return
 
-    def place(self, session_id: str) -> Place:
+    def order(self, now_s: float) -> Order:
+        """Return who comes when, under the shares and the generator time of now."""
+        return self._shares.order(self._waiting, now_s, self.expected_s)
+
+    def place(self, session_id: str, now_s: float) -> Place:
         """Return where a known session stands."""
         ticket = self._tickets[session_id]
         if ticket.replica_id:
             return Place(0, None, ticket.replica_id)
-        ahead = self._waiting.index((ticket.arrived_s, session_id))
-        return Place(ahead, self._estimate(ahead + 1))
+        order = self.order(now_s)
+        return self._waiting_place((*order.ready, *order.blocked).index(session_id))
 
-    def places(self, gateway_id: str) -> dict[str, Place]:
+    def places(self, gateway_id: str, now_s: float) -> dict[str, Place]:
         """Return where each session of a gateway stands that is not running yet."""
+        order = self.order(now_s)
+        ahead = {session_id: number for number, session_id in enumerate((*order.ready, *order.blocked))}
         return {
-            session_id: self.place(session_id)
+            session_id: self._waiting_place(ahead[session_id])
+            if session_id in ahead
+            else Place(0, None, ticket.replica_id)
             for session_id, ticket in self._tickets.items()
             if ticket.gateway_id == gateway_id and session_id not in self._started_s
         }
+
+    def ledger(self) -> dict[str, float]:
+        """Return what each tenant has had, for gateways to remember (see :meth:`restore`)."""
+        return self._shares.ledger()
+
+    @property
+    def expected_s(self) -> float:
+        """How long a session is expected to take, from recent ones."""
+        return sum(self._lengths_s) / len(self._lengths_s) if self._lengths_s else EXPECTED_S
 
     @property
     def is_unused(self) -> bool:
@@ -235,38 +303,130 @@ class AdmissionBook:
         return not self._gateways and not self._generators
 
     def counts(self) -> dict[str, int]:
-        """Return how many sessions wait and run, and how many generators there are and are idle."""
+        """Return what the service's size depends on.
+
+        ``waiting`` sessions, of which ``blocked`` wait for their own tenant's sessions to end, so that a further
+        generator would not help them; ``granted`` ones, on their way to a generator, and ``running`` ones; how many
+        ``generators`` there are, and how many places in them are ``idle``.
+        """
+        waiting = sum(len(queue) for queue in self._waiting.values())
+        blocked = len(self._shares.order(self._waiting, 0.0, 0.0).blocked) if self._waiting else 0
         return {
-            "waiting": len(self._waiting),
+            "waiting": waiting,
+            "blocked": blocked,
+            "granted": sum(len(place.granted) for place in self._generators.values()),
             "running": len(self._started_s),
             "generators": len(self._generators),
             "idle": sum(place.free for place in self._generators.values()),
         }
+
+    def _waiting_place(self, ahead: int) -> Place:
+        return Place(ahead, self._estimate(ahead + 1))
 
     def _estimate(self, turns: int) -> float | None:
         """Return the expected wait for that many sessions to end, from the length of recent ones."""
         capacity = sum(place.capacity for place in self._generators.values())
         if not self._lengths_s or not capacity:
             return None
-        return turns * sum(self._lengths_s) / len(self._lengths_s) / capacity
+        return turns * self.expected_s / capacity
 
-    def _forget(self, session_id: str) -> None:
+    def _require_size(self, ticket: Ticket) -> None:
+        places = self._generators.values()
+        if places and not any(place.could_hold(ticket.nbytes) for place in places):
+            most = max(place.budget_bytes or 0 for place in places)
+            allowed = f"a generator has {most} bytes for sessions; ask for a smaller size or window"
+            raise InvalidRequest("window_frames", f"{ticket.nbytes} bytes", allowed, reason="SESSION_TOO_LARGE")
+
+    def _overflow(self, ticket: Ticket, now_s: float) -> NoCapacity | None:
+        """Return why a session that has just been queued may not wait, if so."""
+        waiting, mine = sum(map(len, self._waiting.values())), len(self._waiting[ticket.share.tenant])
+        retry = {"retry_after_s": f"{self.place(ticket.session_id, now_s).estimated_wait_s or 10.0:.0f}"}
+        limit = ticket.share.max_queued
+        if limit is not None and mine > limit:
+            held = f"{self._shares.held(ticket.share.tenant)} sessions of this tenant run and {mine - 1} wait"
+            return NoCapacity(f"{held}, its limit", reason="QUOTA_EXCEEDED", metadata=retry)
+        if waiting > self._max_queued:
+            text = f"all generators are busy and {self._max_queued} sessions are waiting"
+            return NoCapacity(text, metadata=retry)
+        return None
+
+    def _find_place(self, ticket: Ticket) -> str:
+        """Return the emptiest generator that a session fits in; empty if there is none."""
+        fitting = [
+            (place.free, replica_id)
+            for replica_id, place in self._generators.items()
+            if place.free and place.kept_for in ("", ticket.session_id) and self._has_memory(place, ticket)
+        ]
+        return max(fitting)[1] if fitting else ""
+
+    def _has_memory(self, place: GeneratorPlace, ticket: Ticket) -> bool:
+        return place.budget_bytes is None or self._used_bytes(place) + ticket.nbytes <= place.budget_bytes
+
+    def _used_bytes(self, place: GeneratorPlace) -> int:
+        tickets = (self._tickets.get(session_id) for session_id in place.sessions | place.granted)
+        return sum(ticket.nbytes for ticket in tickets if ticket is not None)
+
+    def _pass_over(self, ticket: Ticket, now_s: float) -> None:
+        """Let smaller sessions go first for a while, then keep the generator with the most memory left."""
+        since_s = self._passed_over_s.setdefault(ticket.session_id, now_s)
+        if now_s - since_s < PASSED_OVER_S:
+            return
+        places = self._generators.values()
+        if any(place.kept_for == ticket.session_id for place in places):
+            return
+        candidates = [p for p in places if not p.kept_for and p.could_hold(ticket.nbytes)]
+        if candidates:
+            best = max(candidates, key=lambda place: (place.budget_bytes or 0) - self._used_bytes(place))
+            best.kept_for = ticket.session_id
+
+    def _grant(self, ticket: Ticket, replica_id: str, now_s: float) -> None:
+        self._unqueue(ticket)
+        self._generators[replica_id].granted.add(ticket.session_id)
+        self._tickets[ticket.session_id] = replace(ticket, replica_id=replica_id)
+        self._shares.grant(ticket.share.tenant, ticket.session_id, now_s, self.expected_s)
+
+    def _start(self, ticket: Ticket, since_s: float) -> None:
+        self._started_s[ticket.session_id] = since_s
+        self._shares.started(ticket.share.tenant, ticket.session_id, since_s, self.expected_s)
+
+    def _add(self, ticket: Ticket, now_s: float, *, knows_all: bool = True) -> None:
+        tenant = ticket.share.tenant
+        is_new = knows_all and not any(other.share.tenant == tenant for other in self._tickets.values())
+        self._shares.join(ticket.share, now_s, is_new=is_new)
+        self._tickets[ticket.session_id] = ticket
+
+    def _forget(self, session_id: str, now_s: float) -> None:
         ticket = self._tickets.pop(session_id, None)
-        self._started_s.pop(session_id, None)
+        has_started = self._started_s.pop(session_id, None) is not None
         self._ungrant(session_id)
-        if ticket is not None:
-            self._unqueue(ticket)
+        if ticket is None:
+            return
+        self._unqueue(ticket)
+        if has_started:
+            self._shares.settle(ticket.share.tenant, session_id, now_s)
+        else:
+            self._shares.refund(ticket.share.tenant, session_id)
+        if not any(other.share.tenant == ticket.share.tenant for other in self._tickets.values()):
+            self._shares.part(ticket.share.tenant)
 
     def _ungrant(self, session_id: str) -> None:
         for place in self._generators.values():
             place.granted.discard(session_id)
 
     def _queue(self, ticket: Ticket) -> None:
-        insort(self._waiting, (ticket.arrived_s, ticket.session_id))
+        insort(self._waiting.setdefault(ticket.share.tenant, []), (ticket.arrived_s, ticket.session_id))
         self.revision += 1
 
     def _unqueue(self, ticket: Ticket) -> None:
+        """Take a session out of the queue, and forget that it was passed over."""
+        self._passed_over_s.pop(ticket.session_id, None)
+        for place in self._generators.values():
+            if place.kept_for == ticket.session_id:
+                place.kept_for = ""
+        queue = self._waiting.get(ticket.share.tenant, [])
         entry = (ticket.arrived_s, ticket.session_id)
-        if entry in self._waiting:
-            self._waiting.remove(entry)
+        if entry in queue:
+            queue.remove(entry)
             self.revision += 1
+        if not queue:
+            self._waiting.pop(ticket.share.tenant, None)

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError
 from .admission import REPORT_EVERY_S, AdmissionBook
 from .detached import detached
 from .errors import Unavailable
-from .messages import GeneratorDemand, Place, Ticket
+from .messages import Claim, GeneratorDemand, Place, Share, Ticket
 from .status import LOGGER
 
 NAMESPACE = "causal-forcing"
@@ -53,12 +53,14 @@ class QueueView:
         version: Revision of the book.
         places: Where each of its sessions stands that has not started.
         is_known: Whether the gateway's claims were known; otherwise it must restore them.
+        ledger: What each tenant has had, to be given back to an actor that begins anew.
     """
 
     epoch: str
     version: int
     places: dict[str, Place]
     is_known: bool
+    ledger: dict[str, float]
 
 
 class _AdmissionActor:
@@ -76,10 +78,10 @@ class _AdmissionActor:
         with self._change():
             return self._book.enqueue(ticket, time.monotonic())
 
-    async def restore(self, gateway_id: str, tickets: list[Ticket]) -> None:
-        """Take a gateway's word for its sessions."""
+    async def restore(self, gateway_id: str, tickets: list[Ticket], ledger: dict[str, float]) -> None:
+        """Take a gateway's word for its sessions, and for what an earlier life of this actor knew."""
         with self._change():
-            self._book.restore(gateway_id, tickets, time.monotonic())
+            self._book.restore(gateway_id, tickets, time.monotonic(), ledger)
 
     async def confirm(self, session_id: str, replica_id: str) -> None:
         """Note that a lease began."""
@@ -96,10 +98,17 @@ class _AdmissionActor:
         with self._change():
             self._book.leave(session_id, time.monotonic())
 
-    async def report(self, replica_id: str, capacity: int, sessions: list[str], node_id: str = "") -> None:
-        """Take a generator's word for its sessions."""
+    async def report(
+        self,
+        replica_id: str,
+        capacity: int,
+        sessions: list[str],
+        node_id: str = "",
+        budget_bytes: int | None = None,
+    ) -> None:
+        """Take a generator's word for its sessions and its memory for them."""
         with self._change():
-            self._book.report(replica_id, capacity, sessions, time.monotonic(), node_id)
+            self._book.report(replica_id, capacity, sessions, time.monotonic(), node_id, budget_bytes)
 
     async def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone."""
@@ -107,7 +116,7 @@ class _AdmissionActor:
             self._book.retire(replica_id)
 
     async def counts(self) -> dict[str, int]:
-        """Return how many sessions wait and run, and how many generators there are and are idle."""
+        """Return what the service's size depends on (see :meth:`AdmissionBook.counts`)."""
         return self._book.counts()
 
     async def demand(self, running: list[str]) -> GeneratorDemand:
@@ -122,7 +131,8 @@ class _AdmissionActor:
             async with asyncio.timeout(SYNC_TIMEOUT_S):
                 while is_known and epoch == self._epoch and version == self._book.revision:
                     await self._changed.wait()
-        return QueueView(self._epoch, self._book.revision, self._book.places(gateway_id), is_known)
+        book, now_s = self._book, time.monotonic()
+        return QueueView(self._epoch, book.revision, book.places(gateway_id, now_s), is_known, book.ledger())
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
@@ -179,24 +189,28 @@ class AdmissionDesk:
         self._actor = actor
         self._gateway_id = gateway_id
         self._tickets: dict[str, Ticket] = {}
+        self._started_s: dict[str, float] = {}
         self._places: dict[str, Place] = {}
+        self._ledger: dict[str, float] = {}
         self._news = asyncio.Event()
         self._epoch, self._version = "", -1
         self._loop: asyncio.Task[None] | None = None
 
-    async def places(self, session_id: str) -> AsyncGenerator[Place]:
+    async def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue and yield where the session stands: at once, on every change, and every few seconds.
 
         A place with a ``replica_id`` is a grant; the caller then calls :meth:`confirm`, or :meth:`refuse` and goes on
         reading. :meth:`leave` ends it in any case.
 
         Raises:
-            NoCapacity: If the queue is full.
+            NoCapacity: If the queue, or the tenant's part of it, is full.
+            InvalidRequest: If no generator has the memory.
             Unavailable: If admission cannot be reached.
         """
         if self._loop is None or self._loop.done():
             self._loop = detached(self._keep_synced())
-        ticket = Ticket(session_id, self._gateway_id, time.time())
+        session_id = claim.session_id
+        ticket = Ticket(session_id, self._gateway_id, time.time(), share=claim.share, nbytes=claim.nbytes)
         self._tickets[session_id] = ticket
         place = self._places[session_id] = await self._insist(lambda: self._actor.enqueue.remote(ticket))
         yield place
@@ -212,6 +226,7 @@ class AdmissionDesk:
     async def confirm(self, session_id: str, replica_id: str) -> None:
         """Say that the lease began."""
         self._tickets[session_id] = replace(self._tickets[session_id], replica_id=replica_id)
+        self._started_s.setdefault(session_id, time.monotonic())
         self._places.pop(session_id, None)
         await self._tell(self._actor.confirm.remote(session_id, replica_id))
 
@@ -226,11 +241,17 @@ class AdmissionDesk:
         """Say that the session is over or gave up."""
         if self._tickets.pop(session_id, None) is not None:
             self._places.pop(session_id, None)
+            self._started_s.pop(session_id, None)
             await self._tell(self._actor.leave.remote(session_id))
 
     async def retire(self, replica_id: str) -> None:
         """Say that a generator is dead."""
         await self._tell(self._actor.retire.remote(replica_id))
+
+    def change_shares(self, share_of: Callable[[str], Share]) -> None:
+        """Give every tenant its new share; admission hears of it with the next poll."""
+        self._tickets = {s: replace(t, share=share_of(t.share.tenant)) for s, t in self._tickets.items()}
+        self._epoch = ""  # as if admission had begun anew: it is told everything
 
     def close(self) -> None:
         """Stop polling."""
@@ -242,16 +263,21 @@ class AdmissionDesk:
             try:
                 view: QueueView = await self._actor.sync.remote(self._gateway_id, self._epoch, self._version)
                 if view.epoch != self._epoch or not view.is_known:
-                    await self._actor.restore.remote(self._gateway_id, list(self._tickets.values()))
+                    await self._actor.restore.remote(self._gateway_id, self._written_tickets(), self._ledger)
                     self._epoch, self._version = view.epoch, -1
                     continue
             except RayActorError:
                 await asyncio.sleep(RETRY_S)
                 continue
-            self._version = view.version
+            self._version, self._ledger = view.version, view.ledger
             self._places.update({s: place for s, place in view.places.items() if s in self._tickets})
             self._news.set()
             self._news = asyncio.Event()
+
+    def _written_tickets(self) -> list[Ticket]:
+        """Return the tickets, with how long their leases have run."""
+        now_s = time.monotonic()
+        return [replace(t, held_s=now_s - self._started_s.get(s, now_s)) for s, t in self._tickets.items()]
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Return a call's answer, repeated while the actor is being restarted."""
@@ -275,11 +301,19 @@ class AdmissionDesk:
 class Reporter:
     """A generator's end: reports its sessions whenever they change, and every second."""
 
-    def __init__(self, actor: Any, replica_id: str, capacity: int, node_id: str = "") -> None:  # noqa: ANN401  (ray's)
+    def __init__(
+        self,
+        actor: Any,  # noqa: ANN401  (ray's handles are untyped)
+        replica_id: str,
+        capacity: int,
+        node_id: str = "",
+        budget_bytes: int | None = None,
+    ) -> None:
         self._actor = actor
         self._replica_id = replica_id
         self._capacity = capacity
         self._node_id = node_id
+        self._budget_bytes = budget_bytes
         self._sessions: set[str] = set()
         self._changed = asyncio.Event()
         self._waiting: list[asyncio.Event] = []
@@ -310,8 +344,8 @@ class Reporter:
             self._changed.clear()
             waiting, self._waiting = self._waiting, []
             with contextlib.suppress(RayActorError):  # it is being restarted; the next report tells it all
-                sessions = sorted(self._sessions)
-                await self._actor.report.remote(self._replica_id, self._capacity, sessions, self._node_id)
+                told = (self._replica_id, self._capacity, sorted(self._sessions), self._node_id, self._budget_bytes)
+                await self._actor.report.remote(*told)
             for reported in waiting:
                 reported.set()
             with contextlib.suppress(TimeoutError):

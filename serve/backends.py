@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from .admission_actor import AdmissionDesk
 from .errors import Unavailable
 from .messages import (
+    Claim,
     CloseDecoder,
     Control,
     Decoded,
@@ -49,7 +50,7 @@ class Backends(Protocol):
         """What goes into a :class:`LeaseRequest`."""
         ...
 
-    def places(self, session_id: str) -> AsyncGenerator[Place]:
+    def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue and yield where the session stands."""
         ...
 
@@ -128,9 +129,9 @@ class RayBackends:
         self._generator = generator.options(stream=True)
         self._decoder = decoder
 
-    def places(self, session_id: str) -> AsyncGenerator[Place]:
+    def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue (see :meth:`AdmissionDesk.places`)."""
-        return self._desk.places(session_id)
+        return self._desk.places(claim)
 
     async def confirm(self, session_id: str, replica_id: str) -> None:
         """Say that the lease began."""

@@ -92,21 +92,63 @@ class PackedEmbedding:
     tensor: PackedTensor
 
 
+LOCAL_TENANT: Final = "local"
+"""Whose sessions those of callers without an identity are."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a tenant may have of the generators.
+
+    Attributes:
+        tenant: Its name.
+        weight: Its part of the generators' time when there is not enough for all, relative to the others'.
+        max_sessions: Sessions that may have a generator at a time; further ones wait. None: no limit.
+        max_queued: Sessions that may wait; further ones are refused. None: no limit but the service's.
+    """
+
+    tenant: str = LOCAL_TENANT
+    weight: float = 1.0
+    max_sessions: int | None = None
+    max_queued: int | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a session asks admission for.
+
+    Attributes:
+        session_id: Its name.
+        share: Its tenant's.
+        nbytes: Memory that it needs in a generator; 0 where nobody counts.
+    """
+
+    session_id: str
+    share: Share = Share()
+    nbytes: int = 0
+
+
 @dataclass(frozen=True)
 class Ticket:
-    """A session's claim to a generator.
+    """A session's claim to a generator, as its gateway keeps it.
 
     Attributes:
         session_id: Its name.
         gateway_id: Unique id of the gateway replica that carries it.
-        arrived_s: When it came, in seconds since the epoch; first come, first served.
+        arrived_s: When it came, in seconds since the epoch; within a tenant first come, first served.
         replica_id: The generator it holds; empty while it waits.
+        share: Its tenant's.
+        nbytes: Memory that it needs in a generator.
+        held_s: How long its lease had run when the ticket was written.
     """
 
     session_id: str
     gateway_id: str
     arrived_s: float
     replica_id: str = ""
+    share: Share = Share()
+    nbytes: int = 0
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +171,7 @@ class GeneratorDemand:
     """What admission knows of the need for generators.
 
     Attributes:
-        waiting: Sessions without a generator.
+        waiting: Sessions that the next generators would go to.
         held: Sessions at each generator that takes sessions, granted ones included.
         nodes: The node that each of them runs on.
     """

@@ -19,6 +19,7 @@ from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 
 from .backends import Backends
+from .claims import claim
 from .config import ServiceConfig
 from .decoding import DecoderLink
 from .detached import detached
@@ -32,6 +33,7 @@ from .messages import (
     LeaseRequest,
     LeaseStarted,
     PackedEmbedding,
+    Share,
     Stop,
 )
 from .outbox import Outbox
@@ -191,7 +193,7 @@ class LiveSession:
     async def _obtain_lease(self, request: SessionRequest) -> tuple[AsyncGenerator[LeaseEvent], str]:
         """Return a lease that has begun, and the replica that it runs on."""
         waiting_since = time.monotonic()
-        async for place in self._backends.places(self._session_id):
+        async for place in self._backends.places(claim(self._session_id, request, Share(), self._service)):
             if not place.replica_id or not self._outbox.sent:
                 self._outbox.place(place, time.monotonic() - waiting_since)
             if not place.replica_id:

@@ -19,6 +19,7 @@ from serve.errors import Unavailable
 from serve.generator import Lease
 from serve.mailbox import MailboxRoom
 from serve.messages import (
+    Claim,
     CloseDecoder,
     Control,
     Decoded,
@@ -133,7 +134,7 @@ class FakeBackends:
         self.decoder = DecoderService(SimulatedDecoder(self.service), DECODER, 1 << 30, ThreadPoolExecutor(1))
         self._places: asyncio.Queue[Place] = asyncio.Queue()
 
-    async def places(self, session_id: str) -> AsyncGenerator[Place]:
+    async def places(self, claim: Claim) -> AsyncGenerator[Place]:
         for place in self.places_script:
             yield place
         while True:

@@ -68,7 +68,7 @@ def test_a_generator_that_is_stopping_is_not_counted() -> None:
     assert not book.enqueue(Ticket("s", "gateway", 0.0), SETTLE_S).replica_id, "b must get no other session"
     book.demand("ab")
     book.assign(SETTLE_S)
-    assert book.place("s").replica_id == "b", "Serve kept it after all"
+    assert book.place("s", SETTLE_S).replica_id == "b", "Serve kept it after all"
 
 
 def test_a_generator_that_has_just_started_is_granted_before_serve_has_named_it() -> None:
