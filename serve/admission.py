@@ -201,6 +201,7 @@ class AdmissionBook:
         capacity: int,
         sessions: Iterable[str],
         now_s: float,
+        *,
         node_id: str = "",
         budget_bytes: int | None = None,
     ) -> None:

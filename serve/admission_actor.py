@@ -108,7 +108,8 @@ class _AdmissionActor:
     ) -> None:
         """Take a generator's word for its sessions and its memory for them."""
         with self._change():
-            self._book.report(replica_id, capacity, sessions, time.monotonic(), node_id, budget_bytes)
+            now_s = time.monotonic()
+            self._book.report(replica_id, capacity, sessions, now_s, node_id=node_id, budget_bytes=budget_bytes)
 
     async def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone."""
