@@ -122,7 +122,7 @@ def our_call(case: Case, inputs: Inputs, *, compiled: bool) -> Callable[[], Tens
     transformer.load_state_dict({name: t.clone() for name, t in inputs.weights.items()}, assign=True)
     transformer.requires_grad_(False).eval()
     if session.geometry.tokens_per_frame <= FEW_TOKENS:
-        transformer.pack_for_few_tokens()
+        transformer.lay_out(few_tokens=True)
     if compiled:
         compile_transformer(transformer)
     with torch.inference_mode():

@@ -90,8 +90,9 @@ class Engine:
         transformer = load_transformer(preset, weights_dir, device=device, dtype=dtype, loras=loras)
         quantise(transformer, quantization)
         native_tokens = preset.chunk_frames * Geometry(preset.height, preset.width).tokens_per_frame
-        if torch.device(device).type == "cpu" and native_tokens <= FEW_TOKENS:
-            transformer.pack_for_few_tokens()
+        on_gpu = torch.device(device).type == "cuda"
+        if (on_gpu and quantization is None) or (not on_gpu and native_tokens <= FEW_TOKENS):
+            transformer.lay_out(few_tokens=not on_gpu)  # not where the weights are mapped files, or of 8 bits
         engine = cls(
             preset,
             transformer,

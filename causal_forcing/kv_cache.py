@@ -88,6 +88,44 @@ class CachePlan:
         return len(self.slots)
 
 
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer's tensors of a cache: no layer number in it, so that one compiled graph serves every layer.
+
+    Attributes:
+        keys: ``[1, H, capacity * tokens_per_frame, D]``, after RMSNorm and rotation.
+        values: The same shape.
+        sink_keys: ``[1, H, S * tokens_per_frame, D]`` before rotation, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sink_keys: Tensor | None = None
+
+    def write(self, keys: Tensor, values: Tensor, plan: CachePlan) -> None:
+        """Store a forward pass's keys and values; a later pass with the same plan overwrites the same rows.
+
+        Args:
+            keys: ``[1, H, L, D]``, rotated.
+            values: The same shape.
+            plan: Of this pass.
+        """
+        self.keys.index_copy_(2, plan.rows, keys)
+        self.values.index_copy_(2, plan.rows, values)
+
+    def write_sink(self, keys: Tensor, plan: CachePlan) -> None:
+        """Store the un-rotated keys ``[1, H, L, D]`` of those new tokens that are the sink's."""
+        if self.sink_keys is not None and plan.sink_tokens:
+            self.sink_keys.index_copy_(2, plan.rows[: plan.sink_tokens], keys[:, :, : plan.sink_tokens])
+
+    def read(self, plan: CachePlan) -> tuple[Tensor, Tensor]:
+        """Return views of the keys and values that a pass attends to, ``[1, H, visible_rows, D]``."""
+        rows = plan.visible_rows
+        if rows == self.keys.shape[2]:  # said explicitly for the compiler: a full window is a graph of static shapes
+            return self.keys, self.values
+        return self.keys[:, :, :rows], self.values[:, :, :rows]
+
+
 class KeyValueCache:
     """Keys and values of every layer for one session.
 
@@ -162,24 +200,9 @@ class KeyValueCache:
             return None
         return range(oldest - self.layout.sink_frames, oldest)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, plan: CachePlan) -> None:
-        """Store a forward pass's keys and values; a later pass with the same plan overwrites the same rows.
-
-        Args:
-            layer: Which layer.
-            keys: ``[1, H, L, D]``, rotated.
-            values: The same shape.
-            plan: Of this pass.
-        """
-        self.keys[layer].index_copy_(2, plan.rows, keys)
-        self.values[layer].index_copy_(2, plan.rows, values)
-
-    def read(self, layer: int, plan: CachePlan) -> tuple[Tensor, Tensor]:
-        """Return views of the keys and values that a pass attends to, ``[1, H, visible_rows, D]``."""
-        keys, values, rows = self.keys[layer], self.values[layer], plan.visible_rows
-        if rows == keys.shape[2]:  # said explicitly for the compiler: a full window is a graph of static shapes
-            return keys, values
-        return keys[:, :, :rows], values[:, :, :rows]
+    def layer(self, layer: int) -> LayerMemory:
+        """Return one layer's tensors."""
+        return LayerMemory(self.keys[layer], self.values[layer], self.sink_keys[layer] if self.sink_keys else None)
 
     def advance(self, plan: CachePlan) -> None:
         """Commit a plan: its frames are now part of the past."""

@@ -253,6 +253,7 @@ def _open_session(golden: Golden, weights: Golden) -> tuple[Session, list[Tensor
     )
     transformer = CausalTransformer(config)
     transformer.load_state_dict(dict(weights.tensors))
+    transformer.lay_out()
     chunk_frames = c["num_frame_per_block"]
     preset = replace(get_preset("tiny"), name=golden.name, transformer=config, chunk_frames=chunk_frames)
     windowed = c["local_attn_size"] != -1

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from causal_forcing.config import TransformerConfig
 from causal_forcing.geometry import LATENT_CHANNELS, PATCH
-from causal_forcing.kv_cache import CachePlan, KeyValueCache
+from causal_forcing.kv_cache import CachePlan, KeyValueCache, LayerMemory
 from causal_forcing.rope import Rotation, rotate
 
 
@@ -73,6 +73,30 @@ class ChunkContext:
     rotation: Rotation
     text: TextMemory
 
+    def layer(self, layer: int) -> LayerContext:
+        """Return what one block reads of it."""
+        memory, text = self.cache.layer(layer), self.text
+        return LayerContext(memory, self.plan, self.rotation, text.keys[layer], text.values[layer])
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """One layer's share of a :class:`ChunkContext`.
+
+    Attributes:
+        memory: The layer's keys and values; rows of ``plan`` are overwritten.
+        plan: As in the whole.
+        rotation: As in the whole.
+        text_keys: Of the prompt, ``[1, H, text_len, D]``.
+        text_values: The same shape.
+    """
+
+    memory: LayerMemory
+    plan: CachePlan
+    rotation: Rotation
+    text_keys: Tensor
+    text_values: Tensor
+
 
 class RmsNorm(nn.Module):
     """RMS norm over the full width, before the split into heads."""
@@ -99,6 +123,35 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = RmsNorm(config.dim, config.eps)
         self.norm_k = RmsNorm(config.dim, config.eps)
+        self.eps = config.eps
+        self.joint_weight: Tensor | None
+        self.joint_bias: Tensor | None
+        self.joint_norm: Tensor | None
+        for name in ("joint_weight", "joint_bias", "joint_norm"):
+            self.register_buffer(name, None, persistent=False)
+
+    def join(self, *, transposed: bool = False) -> None:
+        """Lay the weights of q, k and v out one after the other, so that one product makes all three; names stay.
+
+        Args:
+            transposed: Whether the result lies transposed in memory, see :meth:`CausalTransformer.lay_out`.
+        """
+        layers = (self.q, self.k, self.v)
+        weight = torch.cat([layer.weight.data for layer in layers])
+        self.joint_weight = weight.t().contiguous().t() if transposed else weight
+        self.joint_bias = torch.cat([layer.bias.data for layer in layers])
+        self.joint_norm = torch.stack([self.norm_q.weight.data, self.norm_k.weight.data])
+        for layer, rows, bias in zip(layers, self.joint_weight.chunk(3), self.joint_bias.chunk(3), strict=True):
+            layer.weight.data, layer.bias.data = rows, bias
+        self.norm_q.weight.data, self.norm_k.weight.data = self.joint_norm
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normalised queries with the keys behind them, ``[1, L, 2 * H, D]``, and values ``[1, L, H, D]``."""
+        if self.joint_weight is None or self.joint_norm is None:
+            return torch.cat([self.queries(x), self.keys(x)], dim=2), self.values(x)
+        joint = F.linear(x, self.joint_weight, self.joint_bias).view(*x.shape[:-1], 3, -1)
+        heads = F.rms_norm(joint[..., :2, :], joint.shape[-1:], None, self.eps) * self.joint_norm
+        return heads.view(*x.shape[:-1], 2 * self.heads, -1), self._split(joint[..., 2, :])
 
     def queries(self, x: Tensor) -> Tensor:
         """Return normalised queries ``[1, L, H, D]``."""
@@ -124,9 +177,8 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention over the past, cross-attention to the prompt, feed-forward."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.eps = config.eps
         self.self_attn = Attention(config)
         self.cross_attn = Attention(config)
@@ -136,40 +188,39 @@ class TransformerBlock(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, context: ChunkContext) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: LayerContext) -> Tensor:
         """Return the tokens after this block; their keys and values are written into the cache.
 
         Args:
             x: ``[1, L, D]``.
             modulation: ``[6, D]`` of this layer.
-            context: Of the chunk.
+            context: Of this layer.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(0)
         x = torch.addcmul(x, self._attend_past(self._norm(x, shift1, scale1), context), gate1)
-        x = x + self._attend_prompt(self.norm3(x), context.text)
+        x = x + self._attend_prompt(self.norm3(x), context)
         return torch.addcmul(x, self.ffn(self._norm(x, shift2, scale2)), gate2)
 
-    def remember(self, x: Tensor, modulation: Tensor, context: ChunkContext) -> None:
+    def remember(self, x: Tensor, modulation: Tensor, context: LayerContext) -> None:
         """Write this block's keys and values of ``x`` into the cache and compute nothing else."""
-        self._remember(self._norm(x, modulation[0], modulation[1]), context)
+        y, attention = self._norm(x, modulation[0], modulation[1]), self.self_attn
+        keys, values = attention.keys(y), attention.values(y)
+        context.memory.write_sink(keys.transpose(1, 2), context.plan)
+        rotated = rotate(keys, context.rotation)
+        context.memory.write(rotated.transpose(1, 2), values.transpose(1, 2), context.plan)
 
-    def _attend_past(self, y: Tensor, context: ChunkContext) -> Tensor:
-        self._remember(y, context)
-        q = rotate(self.self_attn.queries(y), context.rotation).transpose(1, 2)
-        return self.self_attn.attend(q, *context.cache.read(self.layer, context.plan))
-
-    def _attend_prompt(self, y: Tensor, text: TextMemory) -> Tensor:
-        q = self.cross_attn.queries(y).transpose(1, 2)
-        return self.cross_attn.attend(q, text.keys[self.layer], text.values[self.layer])
-
-    def _remember(self, y: Tensor, context: ChunkContext) -> None:
-        cache, plan, rotation = context.cache, context.plan, context.rotation
-        keys = self.self_attn.keys(y)
+    def _attend_past(self, y: Tensor, context: LayerContext) -> Tensor:
+        memory, plan = context.memory, context.plan
+        heads, values = self.self_attn.project(y)
         if plan.sink_tokens:
-            sink_keys = keys[:, : plan.sink_tokens].transpose(1, 2)
-            cache.sink_keys[self.layer].index_copy_(2, plan.rows[: plan.sink_tokens], sink_keys)
-        values = self.self_attn.values(y).transpose(1, 2)
-        cache.write(self.layer, rotate(keys, rotation).transpose(1, 2), values, plan)
+            memory.write_sink(heads[:, :, self.self_attn.heads :].transpose(1, 2), plan)
+        queries, keys = rotate(heads, context.rotation).transpose(1, 2).chunk(2, dim=1)
+        memory.write(keys, values.transpose(1, 2), plan)
+        return self.self_attn.attend(queries, *memory.read(plan))
+
+    def _attend_prompt(self, y: Tensor, context: LayerContext) -> Tensor:
+        queries = self.cross_attn.queries(y).transpose(1, 2)
+        return self.cross_attn.attend(queries, context.text_keys, context.text_values)
 
     def _norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Return ``LayerNorm(x) * (1 + scale) + shift`` in one kernel; ``scale`` already has the 1 added."""
@@ -207,7 +258,7 @@ class CausalTransformer(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
     @property
@@ -225,15 +276,19 @@ class CausalTransformer(nn.Module):
         """Compute dtype; that of the tokens, which low-precision weights of single layers do not change."""
         return self.head.modulation.dtype
 
-    def pack_for_few_tokens(self) -> None:
-        """Lay every linear layer's weight out transposed in memory; shapes and names stay.
+    def lay_out(self, *, few_tokens: bool = False) -> None:
+        """Lay weights out for speed, in memory of their own; names, shapes and values stay.
 
-        On a CPU, a product of 16 tokens by 256x256 weights then takes 33 us instead of 95; from 64 tokens on there is
-        no difference (measured on two cores: small products are slow where a factor has to be transposed).
+        Self-attention's three projections become one product. For few tokens on a CPU every other weight is transposed
+        in memory, too: a product of 16 tokens by 256x256 weights then takes 33 us instead of 95; from 64 tokens on
+        there is no difference (measured on two cores: small products are slow where a factor has to be transposed).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.t().contiguous().t()
+        if few_tokens:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.t().contiguous().t()
+        for block in self.layers:
+            block.self_attn.join(transposed=few_tokens)
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the time embedding ``[N, D]`` and its block projection ``[N, 6, D]``.
@@ -275,8 +330,8 @@ class CausalTransformer(nn.Module):
             context: Of the chunk.
         """
         x = self.embed_patches(latents)
-        for block, block_modulation in zip(self.layers, modulation.blocks, strict=True):
-            x = block(x, block_modulation, context)
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation.blocks[i], context.layer(i))
         return unpatchify(self.head(x, modulation.head), latents.shape)
 
     def write_context(self, latents: Tensor, modulation: TimestepModulation, context: ChunkContext) -> None:
@@ -287,11 +342,10 @@ class CausalTransformer(nn.Module):
             modulation: Of timestep 0.
             context: Of the chunk.
         """
-        *body, last = self.layers
-        x = self.embed_patches(latents)
-        for block, block_modulation in zip(body, modulation.blocks[:-1], strict=True):
-            x = block(x, block_modulation, context)
-        last.remember(x, modulation.blocks[-1], context)
+        x, last = self.embed_patches(latents), len(self.blocks) - 1
+        for i, block in enumerate(self.layers[:last]):
+            x = block(x, modulation.blocks[i], context.layer(i))
+        self.layers[last].remember(x, modulation.blocks[last], context.layer(last))
 
     def embed_patches(self, latents: Tensor) -> Tensor:
         """Return tokens ``[B, L, D]`` of latents ``[B, 16, F, h, w]``.

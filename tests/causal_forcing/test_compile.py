@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from causal_forcing.compile import GRAPHS_PER_SIZE, compile_transformer, warm_up
 from causal_forcing.engine import Engine
-from tests.causal_forcing.builders import make_engine, open_session, play, update
+from tests.causal_forcing.builders import TRANSFORMER, make_engine, open_session, play, update
 
 PASSES = 2
 
@@ -21,14 +22,14 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def compiled(engine, backend):
+def compiled(engine, backend, *, by_block=False):
     """Return the same engine with its passes compiled; the given one stays as it is.
 
     Backends in order of cost: ``eager`` only traces, ``aot_eager`` also makes mutation explicit, ``inductor`` generates
     code.
     """
     transformer = copy.deepcopy(engine.transformer)
-    compile_transformer(transformer, backend=backend)
+    compile_transformer(transformer, backend=backend, by_block=by_block)
     return Engine(engine.preset, transformer, engine.vae, engine.text_encoder)
 
 
@@ -48,6 +49,23 @@ def test_a_full_window_never_compiles_again(chunk_frames, window_frames):
     with torch.compiler.set_stance("fail_on_recompile"):
         ours = play(open_session(engine, window_frames=window_frames), 12)
     theirs = play(open_session(eager, window_frames=window_frames), 12)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine.latents, other.latents, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_all_blocks_share_their_graphs(layers, laid_out):
+    eager = make_engine(config=dataclasses.replace(TRANSFORMER, num_layers=layers))
+    if laid_out:
+        eager.transformer.lay_out()
+    engine = compiled(eager, "aot_eager", by_block=True)
+    warm_up(engine, open_session(engine, window_frames=4).config)
+    assert not counters["graph_break"]
+    assert graphs() <= PASSES * GRAPHS_PER_SIZE
+    with torch.compiler.set_stance("fail_on_recompile"):
+        ours = play(open_session(engine, window_frames=4), 9)
+    theirs = play(open_session(eager, window_frames=4), 9)
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine.latents, other.latents, atol=1e-5, rtol=0)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from causal_forcing.kv_cache import KeyValueCache
+from causal_forcing.kv_cache import KeyValueCache, LayerMemory
 from causal_forcing.session import Session
 from causal_forcing.transformer import CausalTransformer, TransformerBlock
 from tests.causal_forcing.full_size import CHUNKWISE, FRAMEWISE, open_full_size_session, submit_prompt
@@ -189,27 +189,27 @@ COPIES = {
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_planted_copy_of_the_cache_is_found(monkeypatch, copy):
-    original = KeyValueCache.read
+    original = LayerMemory.read
 
-    def read(self, layer, plan):
-        keys, values = original(self, layer, plan)
+    def read(self, plan):
+        keys, values = original(self, plan)
         COPIES[copy](keys)
         return keys, values
 
-    monkeypatch.setattr(KeyValueCache, "read", read)
+    monkeypatch.setattr(LayerMemory, "read", read)
     counted = count_chunk(held_frames=9)
     with pytest.raises(AssertionError):
         check_cache(counted)
 
 
 def test_a_planted_second_write_is_found(monkeypatch):
-    original = KeyValueCache.write
+    original = LayerMemory.write
 
-    def write(self, layer, keys, values, plan):
-        original(self, layer, keys, values, plan)
-        self.keys[layer][:, :, :1560] = keys
+    def write(self, keys, values, plan):
+        original(self, keys, values, plan)
+        self.keys[:, :, :1560] = keys
 
-    monkeypatch.setattr(KeyValueCache, "write", write)
+    monkeypatch.setattr(LayerMemory, "write", write)
     counted = count_chunk(held_frames=9)
     with pytest.raises(AssertionError):
         check_cache(counted)

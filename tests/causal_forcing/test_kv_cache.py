@@ -40,12 +40,12 @@ def write(cache, frames):
     plan = cache.plan(frames)
     tags = torch.arange(plan.start, plan.start + frames).repeat_interleave(TOKENS).view(1, 1, -1, 1).float()
     for layer in range(2):
-        cache.write(layer, tags.expand(-1, -1, -1, 4), -tags.expand(-1, -1, -1, 4), plan)
+        cache.layer(layer).write(tags.expand(-1, -1, -1, 4), -tags.expand(-1, -1, -1, 4), plan)
     return plan
 
 
 def positions_seen(cache, plan):
-    keys, values = cache.read(1, plan)
+    keys, values = cache.layer(1).read(plan)
     assert torch.equal(keys, -values)
     return sorted(int(p) for p in keys[0, 0, :, 0])
 

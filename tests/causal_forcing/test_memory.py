@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from causal_forcing.kv_cache import KeyValueCache
+from causal_forcing.kv_cache import LayerMemory
 from tests.causal_forcing.full_size import CHUNKWISE, FRAMEWISE, open_full_size_session
 from tests.counting import AllocationMeter
 
@@ -79,12 +79,12 @@ def test_depth_adds_nothing():
 
 def test_a_planted_copy_of_one_layers_window_is_found(monkeypatch):
     session = open_full_size_session(layers=FEW_LAYERS)
-    original = KeyValueCache.read
+    original = LayerMemory.read
 
-    def read(self, layer, plan):
-        return tuple(tensor.clone() for tensor in original(self, layer, plan))
+    def read(self, plan):
+        return tuple(tensor.clone() for tensor in original(self, plan))
 
-    monkeypatch.setattr(KeyValueCache, "read", read)
+    monkeypatch.setattr(LayerMemory, "read", read)
     assert peak_beside_weights_and_state(session) > 2 * block_bytes(session)
 
 

@@ -21,6 +21,20 @@ from tests.causal_forcing.builders import (
 from tests.causal_forcing.naive import NaiveTransformer
 
 
+@pytest.mark.parametrize("few_tokens", [False, True])
+def test_a_layout_changes_neither_names_nor_values_nor_results(few_tokens):
+    plain, laid_out = make_engine(), make_engine()
+    laid_out.transformer.lay_out(few_tokens=few_tokens)
+    before, after = plain.transformer.state_dict(), laid_out.transformer.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    attention = laid_out.transformer.layers[0].self_attn
+    assert attention.k.weight.data_ptr() == attention.joint_weight[TRANSFORMER.dim :].data_ptr()  # no second copy
+    theirs, ours = (play(open_session(engine), 8) for engine in (plain, laid_out))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.latents, other.latents, atol=1e-5, rtol=0)
+
+
 def masked_whole_pass(transformer, latents, *, window, sink, chunk):
     """Write all frames as context in one pass of the naive model, each chunk masked to what it may see.
 
