@@ -94,6 +94,7 @@ class AdmissionBook:
         self._settled_s = now_s + SETTLE_S
         self._shares = FairShares()
         self._waiting: dict[str, list[tuple[float, str]]] = {}
+        self._moving: list[tuple[float, str]] = []
         self._tickets: dict[str, Ticket] = {}
         self._generators: dict[str, GeneratorPlace] = {}
         self._gateways: dict[str, float] = {}
@@ -110,6 +111,9 @@ class AdmissionBook:
         """
         self._gateways[ticket.gateway_id] = now_s
         if ticket.session_id in self._tickets:
+            return self.place(ticket.session_id, now_s)
+        if ticket.is_moving:
+            self.requeue(ticket, now_s)
             return self.place(ticket.session_id, now_s)
         self._require_size(ticket)
         self._add(ticket, now_s)
@@ -145,9 +149,9 @@ class AdmissionBook:
                 self._tickets[ticket.session_id] = replace(known, share=ticket.share)
                 continue
             self._add(ticket, now_s, knows_all=now_s >= self._settled_s)
-            if ticket.replica_id:
+            if ticket.replica_id or ticket.is_moving:
                 self._start(ticket, now_s - ticket.held_s)
-            else:
+            if not ticket.replica_id:
                 self._queue(ticket)
         self._shares.restore(ledger or {})
         self.revision += 1  # shares may have changed, and with them the order
@@ -166,8 +170,8 @@ class AdmissionBook:
             return
         self._ungrant(session_id)
         self._unqueue(ticket)
-        self._tickets[session_id] = ticket = replace(ticket, replica_id=replica_id)
-        self._start(ticket, now_s)
+        self._tickets[session_id] = ticket = replace(ticket, replica_id=replica_id, is_moving=False)
+        self._start(ticket, self._started_s.get(session_id, now_s))
         place = self._generators.get(replica_id)
         if place is not None:
             place.sessions |= {session_id}
@@ -181,9 +185,25 @@ class AdmissionBook:
         if ticket is None or ticket.replica_id != replica_id:
             return
         self._ungrant(session_id)
-        self._shares.refund(ticket.share.tenant, session_id)
-        self._started_s.pop(session_id, None)
+        if not ticket.is_moving:
+            self._shares.refund(ticket.share.tenant, session_id)
+            self._started_s.pop(session_id, None)
         self._tickets[session_id] = ticket = replace(ticket, replica_id="")
+        self._queue(ticket)
+        self.assign(now_s)
+
+    def requeue(self, ticket: Ticket, now_s: float) -> None:
+        """Queue a running session whose generator is lost, before all sessions that have not begun.
+
+        To its tenant's share it is running all the time.
+        """
+        self._gateways[ticket.gateway_id] = now_s
+        if ticket.session_id not in self._tickets:
+            self._add(ticket, now_s)
+        self._ungrant(ticket.session_id)
+        self._tickets[ticket.session_id] = ticket
+        if ticket.session_id not in self._started_s:
+            self._start(ticket, now_s - ticket.held_s)
         self._queue(ticket)
         self.assign(now_s)
 
@@ -253,7 +273,8 @@ class AdmissionBook:
 
     def assign(self, now_s: float) -> None:
         """Grant idle generators to waiting sessions, in the order of the tenants' shares."""
-        if now_s < self._settled_s or not self._waiting or not any(p.free for p in self._generators.values()):
+        is_empty = not self._waiting and not self._moving
+        if now_s < self._settled_s or is_empty or not any(p.free for p in self._generators.values()):
             return
         for session_id in self.order(now_s).ready:
             ticket = self._tickets[session_id]
@@ -267,7 +288,8 @@ class AdmissionBook:
 
     def order(self, now_s: float) -> Order:
         """Return who comes when, under the shares and the generator time of now."""
-        return self._shares.order(self._waiting, now_s, self.expected_s)
+        order = self._shares.order(self._waiting, now_s, self.expected_s)
+        return replace(order, ready=(*(session_id for _, session_id in self._moving), *order.ready))
 
     def place(self, session_id: str, now_s: float) -> Place:
         """Return where a known session stands."""
@@ -286,7 +308,7 @@ class AdmissionBook:
             if session_id in ahead
             else Place(0, None, ticket.replica_id)
             for session_id, ticket in self._tickets.items()
-            if ticket.gateway_id == gateway_id and session_id not in self._started_s
+            if ticket.gateway_id == gateway_id and (session_id not in self._started_s or ticket.is_moving)
         }
 
     def ledger(self) -> dict[str, float]:
@@ -310,13 +332,14 @@ class AdmissionBook:
         generator would not help them; ``granted`` ones, on their way to a generator, and ``running`` ones; how many
         ``generators`` there are, and how many places in them are ``idle``.
         """
-        waiting = sum(len(queue) for queue in self._waiting.values())
+        moving = len(self._moving)
+        waiting = sum(len(queue) for queue in self._waiting.values()) + moving
         blocked = len(self._shares.order(self._waiting, 0.0, 0.0).blocked) if self._waiting else 0
         return {
             "waiting": waiting,
             "blocked": blocked,
             "granted": sum(len(place.granted) for place in self._generators.values()),
-            "running": len(self._started_s),
+            "running": len(self._started_s) - moving,
             "generators": len(self._generators),
             "idle": sum(place.free for place in self._generators.values()),
         }
@@ -384,7 +407,8 @@ class AdmissionBook:
         self._unqueue(ticket)
         self._generators[replica_id].granted.add(ticket.session_id)
         self._tickets[ticket.session_id] = replace(ticket, replica_id=replica_id)
-        self._shares.grant(ticket.share.tenant, ticket.session_id, now_s, self.expected_s)
+        if not ticket.is_moving:
+            self._shares.grant(ticket.share.tenant, ticket.session_id, now_s, self.expected_s)
 
     def _start(self, ticket: Ticket, since_s: float) -> None:
         self._started_s[ticket.session_id] = since_s
@@ -415,7 +439,8 @@ class AdmissionBook:
             place.granted.discard(session_id)
 
     def _queue(self, ticket: Ticket) -> None:
-        insort(self._waiting.setdefault(ticket.share.tenant, []), (ticket.arrived_s, ticket.session_id))
+        queue = self._moving if ticket.is_moving else self._waiting.setdefault(ticket.share.tenant, [])
+        insort(queue, (ticket.arrived_s, ticket.session_id))
         self.revision += 1
 
     def _unqueue(self, ticket: Ticket) -> None:
@@ -424,10 +449,10 @@ class AdmissionBook:
         for place in self._generators.values():
             if place.kept_for == ticket.session_id:
                 place.kept_for = ""
-        queue = self._waiting.get(ticket.share.tenant, [])
+        queue = self._moving if ticket.is_moving else self._waiting.get(ticket.share.tenant, [])
         entry = (ticket.arrived_s, ticket.session_id)
         if entry in queue:
             queue.remove(entry)
             self.revision += 1
-        if not queue:
+        if not queue and not ticket.is_moving:
             self._waiting.pop(ticket.share.tenant, None)

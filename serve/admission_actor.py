@@ -93,6 +93,11 @@ class _AdmissionActor:
         with self._change():
             self._book.refuse(session_id, replica_id, time.monotonic())
 
+    async def requeue(self, ticket: Ticket) -> None:
+        """Queue a running session whose generator is lost."""
+        with self._change():
+            self._book.requeue(ticket, time.monotonic())
+
     async def leave(self, session_id: str) -> None:
         """Forget a session."""
         with self._change():
@@ -200,6 +205,8 @@ class AdmissionDesk:
     async def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue and yield where the session stands: at once, on every change, and every few seconds.
 
+        A session that is in the queue already, because it was put back, keeps its place.
+
         A place with a ``replica_id`` is a grant; the caller then calls :meth:`confirm`, or :meth:`refuse` and goes on
         reading. :meth:`leave` ends it in any case.
 
@@ -211,8 +218,8 @@ class AdmissionDesk:
         if self._loop is None or self._loop.done():
             self._loop = detached(self._keep_synced())
         session_id = claim.session_id
-        ticket = Ticket(session_id, self._gateway_id, time.time(), share=claim.share, nbytes=claim.nbytes)
-        self._tickets[session_id] = ticket
+        new = Ticket(session_id, self._gateway_id, time.time(), share=claim.share, nbytes=claim.nbytes)
+        ticket = self._tickets.setdefault(session_id, new)
         place = self._places[session_id] = await self._insist(lambda: self._actor.enqueue.remote(ticket))
         yield place
         while session_id in self._tickets:
@@ -226,7 +233,7 @@ class AdmissionDesk:
 
     async def confirm(self, session_id: str, replica_id: str) -> None:
         """Say that the lease began."""
-        self._tickets[session_id] = replace(self._tickets[session_id], replica_id=replica_id)
+        self._tickets[session_id] = replace(self._tickets[session_id], replica_id=replica_id, is_moving=False)
         self._started_s.setdefault(session_id, time.monotonic())
         self._places.pop(session_id, None)
         await self._tell(self._actor.confirm.remote(session_id, replica_id))
@@ -237,6 +244,17 @@ class AdmissionDesk:
             await self._tell(self._actor.retire.remote(replica_id))
         self._places[session_id] = Place(0)
         await self._tell(self._actor.refuse.remote(session_id, replica_id))
+
+    async def requeue(self, session_id: str, replica_id: str) -> None:
+        """Say that a running session has lost its generator, which is not to be used any more.
+
+        Its place in the queue is before everyone who has not begun; :meth:`places` goes on from there.
+        """
+        held_s = time.monotonic() - self._started_s.get(session_id, time.monotonic())
+        ticket = replace(self._tickets[session_id], replica_id="", is_moving=True, held_s=held_s)
+        self._tickets[session_id] = ticket
+        await self.retire(replica_id)
+        await self._tell(self._actor.requeue.remote(ticket))
 
     async def leave(self, session_id: str) -> None:
         """Say that the session is over or gave up."""

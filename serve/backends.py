@@ -66,6 +66,10 @@ class Backends(Protocol):
         """Say that a generator is dead."""
         ...
 
+    async def requeue(self, session_id: str, replica_id: str) -> None:
+        """Say that a running session has lost its generator and needs another one; then ask for its places again."""
+        ...
+
     async def leave(self, session_id: str) -> None:
         """Say that the session is over."""
         ...
@@ -144,6 +148,10 @@ class RayBackends:
     async def retire(self, replica_id: str) -> None:
         """Say that a generator is dead."""
         await self._desk.retire(replica_id)
+
+    async def requeue(self, session_id: str, replica_id: str) -> None:
+        """Say that a running session has lost its generator."""
+        await self._desk.requeue(session_id, replica_id)
 
     async def leave(self, session_id: str) -> None:
         """Say that the session is over."""

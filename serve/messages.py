@@ -140,6 +140,7 @@ class Ticket:
         share: Its tenant's.
         nbytes: Memory that it needs in a generator.
         held_s: How long its lease had run when the ticket was written.
+        is_moving: Whether it has run and lost its generator; it is served before all sessions that have not begun.
     """
 
     session_id: str
@@ -149,6 +150,7 @@ class Ticket:
     share: Share = Share()
     nbytes: int = 0
     held_s: float = 0.0
+    is_moving: bool = False
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,10 @@ class FakeBackends:
     async def retire(self, replica_id: str) -> None:
         self.events.append(f"retire {replica_id}")
 
+    async def requeue(self, session_id: str, replica_id: str) -> None:
+        self.events.append(f"requeue {replica_id}")
+        self._places.put_nowait(Place(0, None, REPLICA))
+
     async def leave(self, session_id: str) -> None:
         self.leaving.set()
         if self.leave_gate is not None:

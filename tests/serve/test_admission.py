@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,39 @@ def test_a_generator_is_granted_once_until_it_reports_its_session_and_is_idle_ag
     assert admission.place("b", NOW).replica_id == ""
     admission.report("g1", 1, [], NOW)
     assert admission.place("b", NOW).replica_id == "g1"
+
+
+def test_a_session_that_lost_its_generator_is_served_before_those_that_have_not_begun() -> None:
+    admission = book(max_queued=1)
+    admission.report("g1", 1, [], NOW)
+    admission.enqueue(ticket("new", 0), NOW)
+    admission.confirm("new", "g1", NOW)
+    admission.enqueue(ticket("waiting", 1), NOW)
+    admission.retire("g1")
+    admission.requeue(Ticket("new", "gw", 0, is_moving=True), NOW)
+    admission.requeue(Ticket("late", "gw", 9, is_moving=True), NOW)
+    assert [admission.place(name, NOW).ahead for name in ("new", "late", "waiting")] == [0, 1, 2]
+    assert admission.counts()["running"] == 0
+    admission.report("g2", 2, [], NOW)
+    assert [admission.place(name, NOW).replica_id for name in ("new", "late", "waiting")] == ["g2", "g2", ""]
+    admission.refuse("late", "g2", NOW)
+    assert admission.place("late", NOW).ahead == 0
+
+
+def test_a_moving_session_keeps_its_charge_and_its_tenants_place() -> None:
+    admission = book()
+    admission.report("g1", 1, [], NOW)
+    admission.enqueue(of("t", "a", max_sessions=1), NOW)
+    admission.confirm("a", "g1", NOW)
+    admission.enqueue(of("t", "b", 1, max_sessions=1), NOW)
+    admission.retire("g1")
+    admission.requeue(replace(of("t", "a", max_sessions=1), is_moving=True, held_s=7), NOW)
+    admission.report("g2", 2, [], NOW)
+    assert (admission.place("a", NOW).replica_id, admission.place("b", NOW).replica_id) == ("g2", "")
+    admission.confirm("a", "g2", NOW)
+    admission.leave("a", NOW + 5)
+    assert admission.ledger()["t"] == 5
+    assert admission.place("b", NOW).replica_id == "g2"
 
 
 def test_several_sessions_may_share_a_generator() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -173,3 +174,38 @@ async def test_reports_that_cross_are_all_answered(actor: Remote) -> None:
         await asyncio.gather(*(generator.add(name) for name in "abcd"))
         await asyncio.gather(generator.remove("a"), generator.add("e"))
     assert actor.actor._book._generators["g1"].sessions == set("bcde")
+
+
+async def test_a_running_session_that_lost_its_generator_gets_the_next_one(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    await actor.actor.report("g1", 1, [])
+    async with aclosing(desk.places(Claim("a"))) as places:
+        assert await granted(places) == "g1"
+    await desk.confirm("a", "g1")
+    waiting = desk.places(Claim("b"))
+    assert not (await next_place(waiting)).replica_id
+    await desk.requeue("a", "g1")
+    assert actor.actor._book.counts()["generators"] == 0
+    async with aclosing(desk.places(Claim("a"))) as places:
+        assert not (await next_place(places)).replica_id
+        await actor.actor.report("g2", 1, [])
+        assert await granted(places) == "g2"
+    desk.close()
+
+
+async def test_a_moving_session_keeps_its_place_when_admission_dies_meanwhile(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    await actor.actor.report("g1", 1, [])
+    async with aclosing(desk.places(Claim("a"))) as places:
+        assert await granted(places) == "g1"
+    await desk.confirm("a", "g1")
+    waiting = desk.places(Claim("b"))
+    await next_place(waiting)
+    actor.kill()
+    await desk.requeue("a", "g1")
+    actor.restart()
+    async with aclosing(desk.places(Claim("a"))) as places:
+        await next_place(places)
+        await actor.actor.restore("gw", list(desk._tickets.values()), {})
+        assert [actor.actor._book.place(name, time.monotonic()).ahead for name in "ab"] == [0, 1]
+    desk.close()

@@ -199,7 +199,7 @@ class RequestKeyframe(_message.Message):
     def __init__(self) -> None: ...
 
 class StreamVideoResponse(_message.Message):
-    __slots__ = ("sequence", "queue_status", "session_started", "frame", "prompt_applied", "pong", "session_ended", "error", "frames_dropped", "session_ending")
+    __slots__ = ("sequence", "queue_status", "session_started", "frame", "prompt_applied", "pong", "session_ended", "error", "frames_dropped", "session_ending", "session_moved")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_STATUS_FIELD_NUMBER: _ClassVar[int]
     SESSION_STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class StreamVideoResponse(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     FRAMES_DROPPED_FIELD_NUMBER: _ClassVar[int]
     SESSION_ENDING_FIELD_NUMBER: _ClassVar[int]
+    SESSION_MOVED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     queue_status: QueueStatus
     session_started: SessionStarted
@@ -220,7 +221,8 @@ class StreamVideoResponse(_message.Message):
     error: Error
     frames_dropped: FramesDropped
     session_ending: SessionEnding
-    def __init__(self, sequence: _Optional[int] = ..., queue_status: _Optional[_Union[QueueStatus, _Mapping]] = ..., session_started: _Optional[_Union[SessionStarted, _Mapping]] = ..., frame: _Optional[_Union[VideoFrame, _Mapping]] = ..., prompt_applied: _Optional[_Union[PromptApplied, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., session_ended: _Optional[_Union[SessionEnded, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., frames_dropped: _Optional[_Union[FramesDropped, _Mapping]] = ..., session_ending: _Optional[_Union[SessionEnding, _Mapping]] = ...) -> None: ...
+    session_moved: SessionMoved
+    def __init__(self, sequence: _Optional[int] = ..., queue_status: _Optional[_Union[QueueStatus, _Mapping]] = ..., session_started: _Optional[_Union[SessionStarted, _Mapping]] = ..., frame: _Optional[_Union[VideoFrame, _Mapping]] = ..., prompt_applied: _Optional[_Union[PromptApplied, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., session_ended: _Optional[_Union[SessionEnded, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., frames_dropped: _Optional[_Union[FramesDropped, _Mapping]] = ..., session_ending: _Optional[_Union[SessionEnding, _Mapping]] = ..., session_moved: _Optional[_Union[SessionMoved, _Mapping]] = ...) -> None: ...
 
 class QueueStatus(_message.Message):
     __slots__ = ("sessions_ahead_count", "waited", "estimated_wait")
@@ -325,6 +327,18 @@ class SessionEnding(_message.Message):
     REMAINING_FIELD_NUMBER: _ClassVar[int]
     remaining: _duration_pb2.Duration
     def __init__(self, remaining: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class SessionMoved(_message.Message):
+    __slots__ = ("chunk_index", "frame_index", "reason", "interruption")
+    CHUNK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    FRAME_INDEX_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    INTERRUPTION_FIELD_NUMBER: _ClassVar[int]
+    chunk_index: int
+    frame_index: int
+    reason: str
+    interruption: _duration_pb2.Duration
+    def __init__(self, chunk_index: _Optional[int] = ..., frame_index: _Optional[int] = ..., reason: _Optional[str] = ..., interruption: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PromptApplied(_message.Message):
     __slots__ = ("prompt_id", "chunk_index", "frame_index", "superseded_prompt_ids")
