@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from causal_forcing.errors import InvalidRequest, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
+
+from .access_config import IdentityConfig
+from .section import Section
 
 if TYPE_CHECKING:
     from causal_forcing.weights.memory import MemoryPlan
 
 Replicas = Annotated[int, Field(ge=1, le=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-class Section(BaseModel):
-    """Base of every part: frozen, without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Limits(Section):
@@ -275,11 +272,12 @@ class ServiceConfig(Section):
         weights_dir: Folder with the preset's files; None for the default folder, or for an embedded model.
         sizes: Frame sizes ``[height, width]`` that sessions may have; empty for the native one alone.
         max_window_frames: Largest window a session may have; None for the preset's own.
-        peers: ``loopback`` serves callers on this machine alone, although the port is open to the network; ``any`` is
-            for a service behind a front that authenticates.
+        peers: ``loopback`` serves callers on this machine alone, although the port is open to the network; ``any``
+            serves all. Default: ``loopback`` without an identity, ``any`` with one.
         grpc_port: Port of the gRPC proxy.
         http_port: Port of the HTTP proxy (health and readiness).
         placement: Which nodes of a cluster run what.
+        identity: How callers are told apart.
     """
 
     preset: str = "tiny"
@@ -289,7 +287,7 @@ class ServiceConfig(Section):
     weights_dir: Path | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     max_window_frames: Annotated[int, Field(ge=1, le=1024)] | None = None
-    peers: Literal["loopback", "any"] = "loopback"
+    peers: Literal["loopback", "any"] | None = None
     grpc_port: Port = 9000
     http_port: Port = 8000
     limits: Limits = Limits()
@@ -298,6 +296,7 @@ class ServiceConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     placement: Placement = Placement()
+    identity: IdentityConfig = IdentityConfig()
     simulated: SimulatedConfig | None = None
 
     @model_validator(mode="after")
@@ -349,6 +348,11 @@ class ServiceConfig(Section):
         return required_bytes(
             self.model_preset, None, session, default_dtype(self.device), text_encoder=False, sessions=places
         )
+
+    @property
+    def serves_any_peer(self) -> bool:
+        """Whether callers on other machines are served."""
+        return self.peers == "any" if self.peers is not None else self.identity.mode != "none"
 
     @property
     def model_preset(self) -> Preset:

@@ -3,6 +3,7 @@
 CausalForcingError
 ├── ClientGone      the client is silent, or does not take what it asked for
 ├── Unavailable     a process the session needs is gone or leaving; a new session can work
+├── Unauthenticated the caller has not said who it is, or nobody knows it
 └── NotAllowed      this caller may not do this
 """
 
@@ -23,6 +24,12 @@ class Unavailable(CausalForcingError):
 
     default_reason = "GENERATOR_LOST"
     retryable = True
+
+
+class Unauthenticated(CausalForcingError):
+    """Raised when a call has no credentials, or none that are known here."""
+
+    default_reason = "BAD_CREDENTIALS"
 
 
 class NotAllowed(CausalForcingError):

@@ -20,14 +20,11 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from .admission_actor import AdmissionDesk, connect
 from .backends import RayBackends
 from .config import ServiceConfig
-from .errors import NotAllowed
+from .identity import Identity
 from .mailbox import start_mailbox
 from .outbox import Outbox
 from .session import LiveSession
 from .status import GATEWAY_LOST, LOGGER, Failure, failure_of
-
-LOOPBACK = ("ipv4:127.", "ipv6:[::1]:", "ipv6:%5B::1%5D:", "unix:")
-"""How gRPC writes the peers of this machine."""
 
 
 class Gateway:
@@ -42,6 +39,7 @@ class Gateway:
         decoder: DeploymentHandle[Any],
     ) -> None:
         self._config = config
+        self._identity = Identity(config.identity, any_peer=config.serves_any_peer)
         self._sessions: set[str] = set()
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         desk = AdmissionDesk(connect(admission, config.limits.max_queued_sessions), replica_id)
@@ -59,7 +57,7 @@ class Gateway:
     ) -> AsyncIterator[pb.StreamVideoResponse]:
         """Serve one session (see the protocol's transcript)."""
         set_status(grpc_context, GATEWAY_LOST)  # what the client gets if this process dies: nobody can say it then
-        refusal = self._refusal(grpc_context.peer())
+        refusal = self._refusal(grpc_context)
         if refusal is not None:
             failure = failure_of(refusal)
             set_status(grpc_context, failure)
@@ -89,18 +87,15 @@ class Gateway:
         """Return the number of sessions that this replica carries."""
         return len(self._sessions)
 
-    def _refusal(self, peer: str) -> CausalForcingError | None:
+    def _refusal(self, grpc_context: RayServegRPCContext) -> CausalForcingError | None:
         """Return why a caller gets no session at all, or None."""
-        if self._config.peers == "loopback" and not is_local(peer):
-            return NotAllowed("this service answers callers on its own machine only (peers: loopback)")
+        try:
+            self._identity.identify(grpc_context.invocation_metadata(), grpc_context.peer())
+        except CausalForcingError as error:
+            return error
         if len(self._sessions) >= self._config.gateway.max_sessions:
             return NoCapacity(f"this gateway carries {len(self._sessions)} sessions, its limit")
         return None
-
-
-def is_local(peer: str) -> bool:
-    """Return whether a peer, as gRPC writes it, is on this machine."""
-    return peer.startswith(LOOPBACK)
 
 
 def set_status(context: RayServegRPCContext, status: Failure | pb.Error | None) -> None:

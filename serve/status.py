@@ -6,7 +6,8 @@
 | SessionStateError | FAILED_PRECONDITION | its own, e.g. CONFIG_NOT_FIRST |
 | NoCapacity | RESOURCE_EXHAUSTED | its own, e.g. NO_SESSION_SLOT; with a time to retry |
 | ClientGone | ABORTED | CLIENT_SILENT, CLIENT_TOO_SLOW |
-| NotAllowed | PERMISSION_DENIED | its own |
+| Unauthenticated | UNAUTHENTICATED | BAD_CREDENTIALS |
+| NotAllowed | PERMISSION_DENIED | its own, e.g. NOT_SESSION_OWNER |
 | Unavailable | UNAVAILABLE | GENERATOR_LOST, DECODER_LOST, ...; with a time to retry |
 | DeviceFault, OutOfMemory, NonFiniteOutput | UNAVAILABLE | DEVICE_FAULT; the metadata has the cause |
 | BackPressureError (Serve) | RESOURCE_EXHAUSTED | NO_SESSION_SLOT |
@@ -41,7 +42,7 @@ from causal_forcing.errors import (
 )
 from protos.causal_forcing.v1 import video_pb2 as pb
 
-from .errors import ClientGone, NotAllowed, Unavailable
+from .errors import ClientGone, NotAllowed, Unauthenticated, Unavailable
 
 DOMAIN = "causal-forcing"
 """Domain of our reasons in ``google.rpc.ErrorInfo``."""
@@ -60,6 +61,7 @@ _CODES: dict[type[CausalForcingError], grpc.StatusCode] = {
     SessionStateError: grpc.StatusCode.FAILED_PRECONDITION,
     NoCapacity: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ClientGone: grpc.StatusCode.ABORTED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     DeviceFault: grpc.StatusCode.UNAVAILABLE,

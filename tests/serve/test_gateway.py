@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import grpc
-import pytest
 
 from causal_forcing.errors import NoCapacity
-from serve.gateway import is_local, set_status
+from serve.gateway import set_status
 from serve.status import GATEWAY_LOST, failure_of
 
 
@@ -18,24 +17,6 @@ class Context:
 
     def set_details(self, details: str) -> None:
         self.details = details
-
-
-@pytest.mark.parametrize(
-    ("peer", "local"),
-    [
-        ("ipv4:127.0.0.1:40000", True),
-        ("ipv4:127.8.9.1:40000", True),
-        ("ipv6:[::1]:40000", True),
-        ("ipv6:%5B::1%5D:40000", True),
-        ("unix:/tmp/socket", True),
-        ("ipv4:10.0.0.7:40000", False),
-        ("ipv4:128.127.0.1:40000", False),
-        ("ipv6:[fe80::1]:40000", False),
-        ("", False),
-    ],
-)
-def test_only_this_machine_is_local(peer: str, local: bool) -> None:
-    assert is_local(peer) == local
 
 
 def test_the_status_is_that_of_the_last_message() -> None:

@@ -1,0 +1,59 @@
+"""Configuration of who may do what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from .section import Section
+
+
+class JwtConfig(Section):
+    """JSON Web Tokens.
+
+    Attributes:
+        algorithm: The one that tokens must be signed with; any other is refused, whatever the token says.
+        key_file: Mounted file, read again when it changes. HS256: a secret a line, 32 bytes or more each. RS256: public
+            keys in PEM, one after the other. Several keys let an old one run out beside its successor.
+        audience: What ``aud`` must hold.
+        issuer: What ``iss`` must be.
+        tenant_claim: The claim that names the tenant.
+        leeway_s: By how much the clocks of issuer and service may differ.
+    """
+
+    algorithm: Literal["HS256", "RS256"]
+    key_file: Path
+    audience: Annotated[str, Field(min_length=1)]
+    issuer: Annotated[str, Field(min_length=1)]
+    tenant_claim: Annotated[str, Field(min_length=1)] = "sub"
+    leeway_s: Annotated[float, Field(ge=0, le=300)] = 10
+
+
+class IdentityConfig(Section):
+    """How callers are told apart.
+
+    Attributes:
+        mode: ``none``: all callers are the tenant ``local``. ``api_keys`` and ``jwt``: the metadata ``authorization:
+            Bearer ...`` holds a key, or a token, that names the tenant.
+        api_keys_file: Mounted YAML or JSON file with the keys' hashes, read again when it changes.
+        jwt: How tokens are checked.
+        tenants_file: Mounted YAML or JSON file with what each tenant may do, read again when it changes; None: no
+            tenant has limits of its own.
+    """
+
+    mode: Literal["none", "api_keys", "jwt"] = "none"
+    api_keys_file: Path | None = None
+    jwt: JwtConfig | None = None
+    tenants_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for mode, name in (("api_keys", "api_keys_file"), ("jwt", "jwt")):
+            given = getattr(self, name) is not None
+            if given and self.mode != mode:
+                raise ValueError(f"{name} can have no effect without mode: {mode}")
+            if not given and self.mode == mode:
+                raise ValueError(f"mode: {mode} needs {name}")
+        return self
