@@ -1,8 +1,8 @@
 """Who gets the next generator: the queue, the idle generators and the grants, in one place and without input or output.
 
 A generator is idle when it says so: generators report the sessions they hold, and a grant reserves a place until the
-session is seen there, gives up, or its gateway falls silent. Whose turn it is, :mod:`serve.fairness` says; a session
-goes to a generator that has a place and the memory for it. Everything here can be rebuilt from what gateways and
+session is seen there, gives up, or its gateway falls silent. Whose turn it is, :mod:`serve.fairness` says; where there
+is a place and the memory for it, :mod:`serve.fleet`. Everything here can be rebuilt from what gateways and
 generators say, which is how the actor around it (:mod:`serve.admission_actor`) survives its own death.
 """
 
@@ -11,18 +11,16 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from causal_forcing.errors import InvalidRequest, NoCapacity
+from causal_forcing.errors import NoCapacity
 
 from .fairness import FairShares, Order
+from .fleet import Fleet
 from .messages import GeneratorDemand, Place, Ticket
 
 REPORT_EVERY_S = 1.0
 """How often a generator reports while nothing changes."""
-
-GENERATOR_SILENT_S = 5.0
-"""A generator that has not reported for this long gets no sessions."""
 
 GATEWAY_SILENT_S = 5.0
 """The claims of a gateway that has not asked for this long are dropped; it restores them if it is alive after all."""
@@ -35,50 +33,6 @@ RECENT_SESSIONS = 32
 
 EXPECTED_S = 60.0
 """What a session is charged at first while no session has ended yet, in seconds."""
-
-PASSED_OVER_S = 10.0
-"""A session that is too large for what is free is passed over for this long; then a generator is kept for it."""
-
-
-@dataclass
-class GeneratorPlace:
-    """What is known of one generator replica.
-
-    Attributes:
-        capacity: Sessions it can hold.
-        budget_bytes: Memory for sessions; None where nobody counts.
-        sessions: Sessions it says it holds.
-        granted: Sessions that were sent there and not seen yet.
-        reported_s: When it last reported.
-        refused: A session could not reach it since then.
-        node_id: The node it runs on.
-        is_kept: Whether Serve keeps it; None until Serve, if it scales generators, has said so.
-        kept_for: The large session that it is kept for, if any.
-    """
-
-    capacity: int
-    budget_bytes: int | None = None
-    sessions: frozenset[str] = frozenset()
-    granted: set[str] = field(default_factory=set)
-    reported_s: float = 0.0
-    refused: bool = False
-    node_id: str = ""
-    is_kept: bool | None = None
-    kept_for: str = ""
-
-    @property
-    def held(self) -> int:
-        """Places that are taken or promised."""
-        return len(self.sessions | self.granted)
-
-    @property
-    def free(self) -> int:
-        """Places that can be granted; a lease that landed elsewhere than granted may take one that was promised."""
-        return 0 if self.refused or self.is_kept is False else max(0, self.capacity - self.held)
-
-    def could_hold(self, nbytes: int) -> bool:
-        """Return whether a session fits when nothing else is there."""
-        return self.budget_bytes is None or nbytes <= self.budget_bytes
 
 
 class AdmissionBook:
@@ -96,10 +50,9 @@ class AdmissionBook:
         self._waiting: dict[str, list[tuple[float, str]]] = {}
         self._moving: list[tuple[float, str]] = []
         self._tickets: dict[str, Ticket] = {}
-        self._generators: dict[str, GeneratorPlace] = {}
+        self._fleet = Fleet()
         self._gateways: dict[str, float] = {}
         self._started_s: dict[str, float] = {}
-        self._passed_over_s: dict[str, float] = {}
         self._lengths_s: deque[float] = deque(maxlen=RECENT_SESSIONS)
 
     def enqueue(self, ticket: Ticket, now_s: float) -> Place:
@@ -115,7 +68,7 @@ class AdmissionBook:
         if ticket.is_moving:
             self.requeue(ticket, now_s)
             return self.place(ticket.session_id, now_s)
-        self._require_size(ticket)
+        self._fleet.require_size(ticket)
         self._add(ticket, now_s)
         self._queue(ticket)
         self.assign(now_s)
@@ -168,23 +121,19 @@ class AdmissionBook:
         ticket = self._tickets.get(session_id)
         if ticket is None:
             return
-        self._ungrant(session_id)
+        self._fleet.ungrant(session_id)
         self._unqueue(ticket)
         self._tickets[session_id] = ticket = replace(ticket, replica_id=replica_id, is_moving=False)
         self._start(ticket, self._started_s.get(session_id, now_s))
-        place = self._generators.get(replica_id)
-        if place is not None:
-            place.sessions |= {session_id}
+        self._fleet.confirm(session_id, replica_id)
 
     def refuse(self, session_id: str, replica_id: str, now_s: float) -> None:
         """Put a session back at its old place in the queue because its generator could not be reached."""
         ticket = self._tickets.get(session_id)
-        place = self._generators.get(replica_id)
-        if place is not None:
-            place.refused = True
+        self._fleet.refuse(replica_id)
         if ticket is None or ticket.replica_id != replica_id:
             return
-        self._ungrant(session_id)
+        self._fleet.ungrant(session_id)
         if not ticket.is_moving:
             self._shares.refund(ticket.share.tenant, session_id)
             self._started_s.pop(session_id, None)
@@ -200,7 +149,7 @@ class AdmissionBook:
         self._gateways[ticket.gateway_id] = now_s
         if ticket.session_id not in self._tickets:
             self._add(ticket, now_s)
-        self._ungrant(ticket.session_id)
+        self._fleet.ungrant(ticket.session_id)
         self._tickets[ticket.session_id] = ticket
         if ticket.session_id not in self._started_s:
             self._start(ticket, now_s - ticket.held_s)
@@ -226,27 +175,16 @@ class AdmissionBook:
         budget_bytes: int | None = None,
     ) -> None:
         """Take a generator's word for the sessions it holds and the memory it has for them."""
-        place = self._generators.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
-        place.capacity, place.budget_bytes, place.sessions = capacity, budget_bytes, frozenset(sessions)
-        place.reported_s, place.refused = now_s, False
+        self._fleet.report(replica_id, capacity, sessions, now_s, node_id=node_id, budget_bytes=budget_bytes)
         self.assign(now_s)
 
     def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone; sessions granted to it stay with their gateways, which will refuse it."""
-        self._generators.pop(replica_id, None)
+        self._fleet.retire(replica_id)
 
     def demand(self, running: Iterable[str]) -> GeneratorDemand:
-        """Return the need for generators, and take Serve's word for those it keeps.
-
-        A generator that is no longer among them is being stopped: it gets no sessions, and it ends with those it has.
-        """
-        kept = set(running)
-        for replica_id, place in self._generators.items():
-            if replica_id in kept:
-                place.is_kept = True
-            elif place.is_kept:
-                place.is_kept = False
-        able = {replica_id: place for replica_id, place in self._generators.items() if place.is_kept is not False}
+        """Return the need for generators, and take Serve's word for those it keeps (see :meth:`Fleet.keep`)."""
+        able = self._fleet.keep(running)
         counts = self.counts()
         return GeneratorDemand(
             waiting=counts["waiting"] - counts["blocked"],
@@ -260,9 +198,7 @@ class AdmissionBook:
         Returns:
             The gateways.
         """
-        for replica_id, place in list(self._generators.items()):
-            if now_s - place.reported_s > GENERATOR_SILENT_S:
-                self.retire(replica_id)
+        self._fleet.expire(now_s)
         silent = [gateway_id for gateway_id, seen_s in self._gateways.items() if now_s - seen_s > GATEWAY_SILENT_S]
         for gateway_id in silent:
             del self._gateways[gateway_id]
@@ -274,15 +210,15 @@ class AdmissionBook:
     def assign(self, now_s: float) -> None:
         """Grant idle generators to waiting sessions, in the order of the tenants' shares."""
         is_empty = not self._waiting and not self._moving
-        if now_s < self._settled_s or is_empty or not any(p.free for p in self._generators.values()):
+        if now_s < self._settled_s or is_empty or not self._fleet.idle:
             return
         for session_id in self.order(now_s).ready:
             ticket = self._tickets[session_id]
-            replica_id = self._find_place(ticket)
+            replica_id = self._fleet.find(session_id)
             if replica_id:
                 self._grant(ticket, replica_id, now_s)
-            elif any(place.free for place in self._generators.values()):
-                self._pass_over(ticket, now_s)
+            elif self._fleet.idle:
+                self._fleet.pass_over(session_id, now_s)
             else:
                 return
 
@@ -323,7 +259,7 @@ class AdmissionBook:
     @property
     def is_unused(self) -> bool:
         """Whether neither gateways nor generators are known."""
-        return not self._gateways and not self._generators
+        return not self._gateways and not self._fleet.places
 
     def counts(self) -> dict[str, int]:
         """Return what the service's size depends on.
@@ -338,10 +274,10 @@ class AdmissionBook:
         return {
             "waiting": waiting,
             "blocked": blocked,
-            "granted": sum(len(place.granted) for place in self._generators.values()),
+            "granted": sum(len(place.granted) for place in self._fleet.places.values()),
             "running": len(self._started_s) - moving,
-            "generators": len(self._generators),
-            "idle": sum(place.free for place in self._generators.values()),
+            "generators": len(self._fleet.places),
+            "idle": self._fleet.idle,
         }
 
     def _waiting_place(self, ahead: int) -> Place:
@@ -349,17 +285,10 @@ class AdmissionBook:
 
     def _estimate(self, turns: int) -> float | None:
         """Return the expected wait for that many sessions to end, from the length of recent ones."""
-        capacity = sum(place.capacity for place in self._generators.values())
+        capacity = self._fleet.capacity
         if not self._lengths_s or not capacity:
             return None
         return turns * self.expected_s / capacity
-
-    def _require_size(self, ticket: Ticket) -> None:
-        places = self._generators.values()
-        if places and not any(place.could_hold(ticket.nbytes) for place in places):
-            most = max(place.budget_bytes or 0 for place in places)
-            allowed = f"a generator has {most} bytes for sessions; ask for a smaller size or window"
-            raise InvalidRequest("window_frames", f"{ticket.nbytes} bytes", allowed, reason="SESSION_TOO_LARGE")
 
     def _overflow(self, ticket: Ticket, now_s: float) -> NoCapacity | None:
         """Return why a session that has just been queued may not wait, if so."""
@@ -374,38 +303,9 @@ class AdmissionBook:
             return NoCapacity(text, metadata=retry)
         return None
 
-    def _find_place(self, ticket: Ticket) -> str:
-        """Return the emptiest generator that a session fits in; empty if there is none."""
-        fitting = [
-            (place.free, replica_id)
-            for replica_id, place in self._generators.items()
-            if place.free and place.kept_for in ("", ticket.session_id) and self._has_memory(place, ticket)
-        ]
-        return max(fitting)[1] if fitting else ""
-
-    def _has_memory(self, place: GeneratorPlace, ticket: Ticket) -> bool:
-        return place.budget_bytes is None or self._used_bytes(place) + ticket.nbytes <= place.budget_bytes
-
-    def _used_bytes(self, place: GeneratorPlace) -> int:
-        tickets = (self._tickets.get(session_id) for session_id in place.sessions | place.granted)
-        return sum(ticket.nbytes for ticket in tickets if ticket is not None)
-
-    def _pass_over(self, ticket: Ticket, now_s: float) -> None:
-        """Let smaller sessions go first for a while, then keep the generator with the most memory left."""
-        since_s = self._passed_over_s.setdefault(ticket.session_id, now_s)
-        if now_s - since_s < PASSED_OVER_S:
-            return
-        places = self._generators.values()
-        if any(place.kept_for == ticket.session_id for place in places):
-            return
-        candidates = [p for p in places if not p.kept_for and p.could_hold(ticket.nbytes)]
-        if candidates:
-            best = max(candidates, key=lambda place: (place.budget_bytes or 0) - self._used_bytes(place))
-            best.kept_for = ticket.session_id
-
     def _grant(self, ticket: Ticket, replica_id: str, now_s: float) -> None:
         self._unqueue(ticket)
-        self._generators[replica_id].granted.add(ticket.session_id)
+        self._fleet.grant(ticket.session_id, replica_id)
         self._tickets[ticket.session_id] = replace(ticket, replica_id=replica_id)
         if not ticket.is_moving:
             self._shares.grant(ticket.share.tenant, ticket.session_id, now_s, self.expected_s)
@@ -419,11 +319,12 @@ class AdmissionBook:
         is_new = knows_all and not any(other.share.tenant == tenant for other in self._tickets.values())
         self._shares.join(ticket.share, now_s, is_new=is_new)
         self._tickets[ticket.session_id] = ticket
+        self._fleet.know(ticket)
 
     def _forget(self, session_id: str, now_s: float) -> None:
         ticket = self._tickets.pop(session_id, None)
         has_started = self._started_s.pop(session_id, None) is not None
-        self._ungrant(session_id)
+        self._fleet.forget(session_id)
         if ticket is None:
             return
         self._unqueue(ticket)
@@ -434,21 +335,14 @@ class AdmissionBook:
         if not any(other.share.tenant == ticket.share.tenant for other in self._tickets.values()):
             self._shares.part(ticket.share.tenant)
 
-    def _ungrant(self, session_id: str) -> None:
-        for place in self._generators.values():
-            place.granted.discard(session_id)
-
     def _queue(self, ticket: Ticket) -> None:
         queue = self._moving if ticket.is_moving else self._waiting.setdefault(ticket.share.tenant, [])
         insort(queue, (ticket.arrived_s, ticket.session_id))
         self.revision += 1
 
     def _unqueue(self, ticket: Ticket) -> None:
-        """Take a session out of the queue, and forget that it was passed over."""
-        self._passed_over_s.pop(ticket.session_id, None)
-        for place in self._generators.values():
-            if place.kept_for == ticket.session_id:
-                place.kept_for = ""
+        """Take a session out of the queue."""
+        self._fleet.release(ticket.session_id)
         queue = self._moving if ticket.is_moving else self._waiting.get(ticket.share.tenant, [])
         entry = (ticket.arrived_s, ticket.session_id)
         if entry in queue:

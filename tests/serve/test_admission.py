@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causal_forcing.errors import InvalidRequest, NoCapacity
-from serve.admission import GATEWAY_SILENT_S, GENERATOR_SILENT_S, PASSED_OVER_S, SETTLE_S, AdmissionBook
+from serve.admission import GATEWAY_SILENT_S, SETTLE_S, AdmissionBook
+from serve.fleet import GENERATOR_SILENT_S, PASSED_OVER_S
 from serve.messages import Place, Share, Ticket
 
 NOW = 100.0
@@ -380,6 +381,6 @@ def test_an_idle_generator_never_meets_a_waiting_session_and_places_are_never_gi
             admission.report(f"g{number}", 1, [], NOW)
         counts = admission.counts()
         assert not (counts["idle"] and counts["waiting"])
-        grants = [r for p in admission._generators.values() for r in p.granted]
+        grants = [r for p in admission._fleet.places.values() for r in p.granted]
         assert len(grants) == len(set(grants))
-        assert all(len(p.sessions | p.granted) <= 1 for p in admission._generators.values())
+        assert all(len(p.sessions | p.granted) <= 1 for p in admission._fleet.places.values())

@@ -173,7 +173,7 @@ async def test_reports_that_cross_are_all_answered(actor: Remote) -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(*(generator.add(name) for name in "abcd"))
         await asyncio.gather(generator.remove("a"), generator.add("e"))
-    assert actor.actor._book._generators["g1"].sessions == set("bcde")
+    assert actor.actor._book._fleet.places["g1"].sessions == set("bcde")
 
 
 async def test_a_running_session_that_lost_its_generator_gets_the_next_one(actor: Remote) -> None:

@@ -1,0 +1,196 @@
+"""The generators as admission knows them: their places, their memory, and where the next session fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from causal_forcing.errors import InvalidRequest
+
+from .messages import Ticket
+
+GENERATOR_SILENT_S = 5.0
+"""A generator that has not reported for this long gets no sessions."""
+
+PASSED_OVER_S = 10.0
+"""A session that is too large for what is free is passed over for this long; then a generator is kept for it."""
+
+
+@dataclass
+class GeneratorPlace:
+    """What is known of one generator replica.
+
+    Attributes:
+        capacity: Sessions it can hold.
+        budget_bytes: Memory for sessions; None where nobody counts.
+        sessions: Sessions it says it holds.
+        granted: Sessions that were sent there and not seen yet.
+        reported_s: When it last reported.
+        refused: A session could not reach it since then.
+        node_id: The node it runs on.
+        is_kept: Whether Serve keeps it; None until Serve, if it scales generators, has said so.
+        kept_for: The large session that it is kept for, if any.
+    """
+
+    capacity: int
+    budget_bytes: int | None = None
+    sessions: frozenset[str] = frozenset()
+    granted: set[str] = field(default_factory=set)
+    reported_s: float = 0.0
+    refused: bool = False
+    node_id: str = ""
+    is_kept: bool | None = None
+    kept_for: str = ""
+
+    @property
+    def held(self) -> int:
+        """Places that are taken or promised."""
+        return len(self.sessions | self.granted)
+
+    @property
+    def free(self) -> int:
+        """Places that can be granted; a lease that landed elsewhere than granted may take one that was promised."""
+        return 0 if self.refused or self.is_kept is False else max(0, self.capacity - self.held)
+
+    def could_hold(self, nbytes: int) -> bool:
+        """Return whether a session fits when nothing else is there."""
+        return self.budget_bytes is None or nbytes <= self.budget_bytes
+
+
+class Fleet:
+    """All generators. Times are seconds of one clock, given by the caller.
+
+    Attributes:
+        places: By replica.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, GeneratorPlace] = {}
+        self._nbytes: dict[str, int] = {}
+        self._passed_over_s: dict[str, float] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Sessions that all of them can hold."""
+        return sum(place.capacity for place in self.places.values())
+
+    @property
+    def idle(self) -> int:
+        """Places that can be granted."""
+        return sum(place.free for place in self.places.values())
+
+    def report(
+        self,
+        replica_id: str,
+        capacity: int,
+        sessions: Iterable[str],
+        now_s: float,
+        *,
+        node_id: str = "",
+        budget_bytes: int | None = None,
+    ) -> None:
+        """Take a generator's word for the sessions it holds and the memory it has for them."""
+        place = self.places.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
+        place.capacity, place.budget_bytes, place.sessions = capacity, budget_bytes, frozenset(sessions)
+        place.reported_s, place.refused = now_s, False
+
+    def retire(self, replica_id: str) -> None:
+        """Forget a generator that is gone."""
+        self.places.pop(replica_id, None)
+
+    def expire(self, now_s: float) -> None:
+        """Forget generators that have fallen silent."""
+        for replica_id, place in list(self.places.items()):
+            if now_s - place.reported_s > GENERATOR_SILENT_S:
+                self.retire(replica_id)
+
+    def keep(self, running: Iterable[str]) -> dict[str, GeneratorPlace]:
+        """Take Serve's word for those it keeps and return those that take sessions.
+
+        A generator that is no longer among them is being stopped: it gets no sessions, and it ends with those it has.
+        """
+        kept = set(running)
+        for replica_id, place in self.places.items():
+            if replica_id in kept:
+                place.is_kept = True
+            elif place.is_kept:
+                place.is_kept = False
+        return {replica_id: place for replica_id, place in self.places.items() if place.is_kept is not False}
+
+    def require_size(self, ticket: Ticket) -> None:
+        """Check that some generator could hold a session.
+
+        Raises:
+            InvalidRequest: If there are generators, and none of them could (``SESSION_TOO_LARGE``).
+        """
+        places = self.places.values()
+        if places and not any(place.could_hold(ticket.nbytes) for place in places):
+            most = max(place.budget_bytes or 0 for place in places)
+            allowed = f"a generator has {most} bytes for sessions; ask for a smaller size or window"
+            raise InvalidRequest("window_frames", f"{ticket.nbytes} bytes", allowed, reason="SESSION_TOO_LARGE")
+
+    def know(self, ticket: Ticket) -> None:
+        """Take in what a session needs."""
+        self._nbytes[ticket.session_id] = ticket.nbytes
+
+    def forget(self, session_id: str) -> None:
+        """Forget a session, its grant included; that it is over, its generator says."""
+        self._nbytes.pop(session_id, None)
+        self.ungrant(session_id)
+        self.release(session_id)
+
+    def find(self, session_id: str) -> str:
+        """Return the emptiest generator that a session fits in; empty if there is none."""
+        fitting = [
+            (place.free, replica_id)
+            for replica_id, place in self.places.items()
+            if place.free and place.kept_for in ("", session_id) and self._has_memory(place, session_id)
+        ]
+        return max(fitting)[1] if fitting else ""
+
+    def pass_over(self, session_id: str, now_s: float) -> None:
+        """Let smaller sessions go first for a while, then keep the generator with the most memory left."""
+        since_s = self._passed_over_s.setdefault(session_id, now_s)
+        places = self.places.values()
+        if now_s - since_s < PASSED_OVER_S or any(place.kept_for == session_id for place in places):
+            return
+        candidates = [p for p in places if not p.kept_for and p.could_hold(self._nbytes.get(session_id, 0))]
+        if candidates:
+            best = max(candidates, key=lambda place: (place.budget_bytes or 0) - self._used_bytes(place))
+            best.kept_for = session_id
+
+    def grant(self, session_id: str, replica_id: str) -> None:
+        """Promise a place."""
+        self.places[replica_id].granted.add(session_id)
+        self.release(session_id)
+
+    def ungrant(self, session_id: str) -> None:
+        """Take a promise back."""
+        for place in self.places.values():
+            place.granted.discard(session_id)
+
+    def release(self, session_id: str) -> None:
+        """Keep no generator for a session any more."""
+        self._passed_over_s.pop(session_id, None)
+        for place in self.places.values():
+            if place.kept_for == session_id:
+                place.kept_for = ""
+
+    def confirm(self, session_id: str, replica_id: str) -> None:
+        """Note that a session is where it said."""
+        place = self.places.get(replica_id)
+        if place is not None:
+            place.sessions |= {session_id}
+
+    def refuse(self, replica_id: str) -> None:
+        """Give a generator nothing until it reports again: it could not be reached."""
+        place = self.places.get(replica_id)
+        if place is not None:
+            place.refused = True
+
+    def _has_memory(self, place: GeneratorPlace, session_id: str) -> bool:
+        needed = self._used_bytes(place) + self._nbytes.get(session_id, 0)
+        return place.budget_bytes is None or needed <= place.budget_bytes
+
+    def _used_bytes(self, place: GeneratorPlace) -> int:
+        return sum(self._nbytes.get(session_id, 0) for session_id in place.sessions | place.granted)
