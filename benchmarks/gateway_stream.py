@@ -26,6 +26,7 @@ from serve.config import load_config
 from serve.local import free_port, local_service
 
 WARM_UP_CHUNKS = 6
+OPTIONS = StreamOptions("a red circle", seed=1, pacing="as_fast_as_possible")
 FRAMES_PER_CHUNK = 4
 TITLES = {
     "proxy": "ray::ProxyActor",
@@ -61,7 +62,10 @@ def steady_fps(ready: list[float]) -> float:
 async def served(address: str, chunks: int) -> tuple[list[float], list[Frame]]:
     """Return when each chunk was complete at a client, and each chunk's last frame."""
     ready, lasts = [], []
-    async with AsyncVideoClient(address) as client, client.stream(StreamOptions("a red circle", seed=1)) as session:
+    async with (
+        AsyncVideoClient(address) as client,
+        client.stream(OPTIONS) as session,
+    ):
         start = time.perf_counter()
         async for event in session:
             if isinstance(event, Frame) and event.last_in_chunk:
@@ -75,7 +79,10 @@ async def served(address: str, chunks: int) -> tuple[list[float], list[Frame]]:
 async def prompt_latencies(address: str, switches: int) -> list[float]:
     """Return the seconds from sending each prompt to its first frame."""
     latencies = []
-    async with AsyncVideoClient(address) as client, client.stream(StreamOptions("a red circle", seed=1)) as session:
+    async with (
+        AsyncVideoClient(address) as client,
+        client.stream(OPTIONS) as session,
+    ):
         waiting, sent, last = "", 0.0, 0
         async for event in session:
             if not isinstance(event, Frame):

@@ -30,7 +30,7 @@ def main() -> None:
 
     lines = deque(read_script(args.script))
     last_frame = round((lines[-1].time_s + args.last_s) * FRAMES_PER_SECOND)
-    options = StreamOptions(prompt=lines.popleft().update, seed=42)
+    options = StreamOptions(prompt=lines.popleft().update, seed=42, pacing="as_fast_as_possible")
     with VideoClient(args.server) as client, client.stream(options) as session, open_writer(args.output) as writer:
         for event in session:
             match event:

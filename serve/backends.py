@@ -23,9 +23,11 @@ from .messages import (
     Control,
     Decoded,
     DecodeRequest,
+    EncodeImage,
     LeaseEvent,
     LeaseRequest,
     PackedEmbedding,
+    PackedTensor,
     Place,
 )
 from .status import FailedElsewhere, Failure
@@ -106,6 +108,15 @@ class Backends(Protocol):
         """Return a chunk's frames, or NEED_PRIME.
 
         Raises:
+            Unavailable: If no decoder answers.
+        """
+        ...
+
+    async def encode_image(self, request: EncodeImage) -> PackedTensor:
+        """Return a start image's latents.
+
+        Raises:
+            FailedElsewhere: If the file is damaged.
             Unavailable: If no decoder answers.
         """
         ...
@@ -199,6 +210,15 @@ class RayBackends:
             return self._decoder.decode.remote(wanted)
 
         return await _insist(call, "the decoder", "DECODER_LOST")
+
+    async def encode_image(self, request: EncodeImage) -> PackedTensor:
+        """Return a start image's latents, from any decoder."""
+        answer: PackedTensor | Failure = await _insist(
+            lambda _: self._decoder.encode_image.remote(request), "the decoder", "DECODER_LOST"
+        )
+        if isinstance(answer, Failure):
+            raise FailedElsewhere(answer)
+        return answer
 
     async def close_decoder(self, request: CloseDecoder) -> None:
         """Say that a session is over; a decoder that does not hear it forgets the session by itself."""

@@ -33,28 +33,46 @@ class Limits(Section):
         config_timeout_s: How long a call may take to send its SessionConfig.
         silence_timeout_s: A client that sends nothing for this long is taken for dead.
         stall_timeout_s: A client that leaves its session without credit for this long is ended.
+        pause_timeout_s: A session that is paused for this long is ended; the count starts anew with the next chunk.
+        ending_notice_s: How long before the end of the longest session its client is warned.
         default_credit_chunks: Chunks a session may be ahead of its client, unless the client says otherwise.
         max_credit_chunks: Most that a client may ask for; bounds a session's memory in gateway and proxy.
         max_messages_per_s: Messages that a client may send in the long run; twice as many at once.
         max_pending_prompts: Prompts of a session that may wait for their first chunk.
         max_queued_sessions: Sessions that may wait for a generator.
+        max_generate_s: Longest video of one GenerateVideo call; what a client that vanishes unseen can cost.
+        max_generate_bytes: Most bytes of encoded frames of one GenerateVideo call.
     """
 
     max_session_s: PositiveFloat = 3600
     config_timeout_s: PositiveFloat = 10
     silence_timeout_s: PositiveFloat = 30
     stall_timeout_s: PositiveFloat = 60
+    pause_timeout_s: PositiveFloat = 300
+    ending_notice_s: Annotated[float, Field(ge=0)] = 30
     default_credit_chunks: Annotated[int, Field(ge=1, le=64)] = 2
     max_credit_chunks: Annotated[int, Field(ge=1, le=64)] = 8
     max_messages_per_s: PositiveFloat = 100
     max_pending_prompts: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued_sessions: Annotated[int, Field(ge=0, le=100_000)] = 64
+    max_generate_s: Annotated[float, Field(gt=0, le=600)] = 60
+    max_generate_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 32)] = 256 << 20
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.default_credit_chunks > self.max_credit_chunks:
             raise ValueError("default_credit_chunks must not exceed max_credit_chunks")
         return self
+
+
+class PacingConfig(Section):
+    """How sessions of the pacing `realtime` keep time.
+
+    Attributes:
+        lead_s: How much earlier than at its time in the video a chunk may be begun; what a viewer has in store.
+    """
+
+    lead_s: Annotated[float, Field(ge=0, le=10)] = 0.25
 
 
 class Scaling(Section):
@@ -291,6 +309,7 @@ class ServiceConfig(Section):
     grpc_port: Port = 9000
     http_port: Port = 8000
     limits: Limits = Limits()
+    pacing: PacingConfig = PacingConfig()
     gateway: GatewayConfig = GatewayConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     generator: GeneratorConfig = GeneratorConfig()

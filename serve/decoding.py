@@ -49,8 +49,16 @@ class DecoderLink:
         self._history = LatentHistory()
         self._replica_id = ""
 
-    async def decode(self, chunk: GeneratedChunk) -> Decoded:
+    async def decode(
+        self, chunk: GeneratedChunk, *, first_frame: int = 0, encode: bool = True, keyframe: bool = False
+    ) -> Decoded:
         """Return the chunk's frames.
+
+        Args:
+            chunk: The next one.
+            first_frame: Number of its first pixel frame in the session.
+            encode: False when nobody will see the chunk: only the cache goes on.
+            keyframe: Whether its first frame must be decodable by itself.
 
         Raises:
             Unavailable: If no decoder keeps the cache long enough.
@@ -64,6 +72,9 @@ class DecoderLink:
             height=self._height,
             width=self._width,
             format=self._format,
+            first_frame=first_frame,
+            encode=encode,
+            keyframe=keyframe,
         )
         for _ in range(PRIME_ATTEMPTS):
             answer = await self._backends.decode(request)
@@ -73,6 +84,11 @@ class DecoderLink:
                 return answer
             request = replace(request, replica_id=answer.replica_id, history=self._history.latents())
         raise Unavailable("no decoder keeps this session's cache", reason="DECODER_LOST")
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the latents that are kept."""
+        return self._history.nbytes
 
     async def close(self) -> None:
         """Let the decoder forget the session."""

@@ -20,7 +20,7 @@ from .messages import GeneratedChunk, PackedEmbedding, PackedTensor
 
 if TYPE_CHECKING:
     from causal_forcing.engine import Engine
-    from causal_forcing.session import Session
+    from causal_forcing.session import Chunk, Session
     from causal_forcing.text_encoder import TextEncoder
     from causal_forcing.vae import DecoderState, Vae
 
@@ -33,6 +33,10 @@ class GeneratorSession(Protocol):
 
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
         """Set what the next chunk shows."""
+        ...
+
+    def start_from(self, latents: PackedTensor) -> GeneratedChunk:
+        """Begin with given latents and return them, committed, as chunk 0."""
         ...
 
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
@@ -83,6 +87,10 @@ class DecoderEngine(Protocol):
 
     def open(self, height: int, width: int) -> DecoderStream:
         """Return a fresh stream of that frame size."""
+        ...
+
+    def encode_image(self, frame: Pixels) -> PackedTensor:
+        """Return the latents ``[1, 16, 1, h, w]`` of one frame ``[H, W, 3]``."""
         ...
 
 
@@ -175,22 +183,30 @@ class ModelSession:
         unpacked = [PromptEmbedding(e.tensor.unpack().to(engine.device, engine.dtype), e.key) for e in embeddings]
         self._session.update_prompt(update, unpacked)
 
+    def start_from(self, latents: PackedTensor) -> GeneratedChunk:
+        """Begin with given latents."""
+        return _packed(self._session.start_from(latents.unpack()))
+
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
         """Return the next chunk on the host, or None if stopped."""
         from causal_forcing.sampler import Stopped
 
         try:
-            chunk = self._session.generate_chunk(should_stop=should_stop)
+            return _packed(self._session.generate_chunk(should_stop=should_stop))
         except Stopped:
             return None
-        chunk.require_finite()
-        return GeneratedChunk(
-            index=chunk.index,
-            latents=PackedTensor.pack(chunk.latents),
-            starts_scene=chunk.starts_scene,
-            prompt_id=chunk.prompt_id,
-            prompt_applied=chunk.prompt_applied,
-        )
+
+
+def _packed(chunk: Chunk) -> GeneratedChunk:
+    """Return an engine's chunk on the host, checked."""
+    chunk.require_finite()
+    return GeneratedChunk(
+        index=chunk.index,
+        latents=PackedTensor.pack(chunk.latents),
+        starts_scene=chunk.starts_scene,
+        prompt_id=chunk.prompt_id,
+        prompt_applied=chunk.prompt_applied,
+    )
 
 
 class ModelDecoder:
@@ -210,6 +226,19 @@ class ModelDecoder:
         from causal_forcing.geometry import Geometry
 
         return ModelStream(self._vae, self._vae.new_decoder_state(Geometry(height, width)))
+
+    def encode_image(self, frame: Pixels) -> PackedTensor:
+        """Return the latents of one frame."""
+        import torch
+
+        from causal_forcing.geometry import Geometry
+        from causal_forcing.media import from_frames
+
+        state = self._vae.new_encoder_state(Geometry(*frame.shape[:2]))
+        some = next(iter(state.buffers.values()))
+        with torch.inference_mode():
+            pixels = from_frames(frame[None]).to(some.device, some.dtype)
+            return PackedTensor.pack(self._vae.encode(pixels, state))
 
     def warm_up(self) -> None:
         """Decode two latent frames of the native size, a scene's first and a later one."""

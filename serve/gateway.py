@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -21,7 +21,9 @@ from .admission_actor import AdmissionDesk, connect
 from .backends import RayBackends
 from .config import ServiceConfig
 from .identity import Identity
+from .inputs import Input, OneRequest, StreamInput
 from .mailbox import start_mailbox
+from .model_facts import describe_model
 from .outbox import Outbox
 from .session import LiveSession
 from .status import GATEWAY_LOST, LOGGER, Failure, failure_of
@@ -56,8 +58,32 @@ class Gateway:
         self, requests: AsyncIterator[pb.StreamVideoRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.StreamVideoResponse]:
         """Serve one session (see the protocol's transcript)."""
-        set_status(grpc_context, GATEWAY_LOST)  # what the client gets if this process dies: nobody can say it then
+        async with contextlib.aclosing(self._serve(StreamInput(requests, self._config), grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def GenerateVideo(  # noqa: N802  (the RPC's name)
+        self, request: pb.GenerateVideoRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.GenerateVideoResponse]:
+        """Serve one video of a given length."""
+        async with contextlib.aclosing(self._serve(OneRequest(request, self._config), grpc_context)) as messages:
+            async for message in messages:
+                yield pb.GenerateVideoResponse(message=message)
+
+    async def GetModel(  # noqa: N802  (the RPC's name)
+        self, request: pb.GetModelRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GetModelResponse:
+        """Tell what runs here."""
+        del request
         refusal = self._refusal(grpc_context)
+        if refusal is not None:
+            set_status(grpc_context, failure_of(refusal))
+            return pb.GetModelResponse()
+        return describe_model(self._config)
+
+    async def _serve(self, client: Input, grpc_context: RayServegRPCContext) -> AsyncGenerator[pb.StreamVideoResponse]:
+        set_status(grpc_context, GATEWAY_LOST)  # what the client gets if this process dies: nobody can say it then
+        refusal = self._refusal(grpc_context) or self._no_room()
         if refusal is not None:
             failure = failure_of(refusal)
             set_status(grpc_context, failure)
@@ -67,7 +93,7 @@ class Gateway:
             return
         session_id = uuid.uuid4().hex
         self._sessions.add(session_id)
-        session = LiveSession(session_id, self._config, self._backends, requests)
+        session = LiveSession(session_id, self._config, self._backends, client)
         try:
             async with contextlib.aclosing(session.messages()) as messages:
                 async for message in messages:
@@ -88,11 +114,15 @@ class Gateway:
         return len(self._sessions)
 
     def _refusal(self, grpc_context: RayServegRPCContext) -> CausalForcingError | None:
-        """Return why a caller gets no session at all, or None."""
+        """Return why a caller is not served at all, or None."""
         try:
             self._identity.identify(grpc_context.invocation_metadata(), grpc_context.peer())
         except CausalForcingError as error:
             return error
+        return None
+
+    def _no_room(self) -> CausalForcingError | None:
+        """Return why nobody gets another session here, or None."""
         if len(self._sessions) >= self._config.gateway.max_sessions:
             return NoCapacity(f"this gateway carries {len(self._sessions)} sessions, its limit")
         return None

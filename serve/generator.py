@@ -37,9 +37,13 @@ from .messages import (
     LeaseRequest,
     LeaseStarted,
     PackedEmbedding,
+    PackedTensor,
+    SetPaused,
     SetPrompt,
+    StartFrom,
     Stop,
 )
+from .pace import Pace
 from .status import failure_of
 
 POLL_S = 5.0
@@ -68,17 +72,22 @@ class Controls:
 
     Attributes:
         acked_chunk: Highest chunk the client is finished with.
+        is_paused: Whether the session rests.
+        start_latents: Of the image that the video starts from; None for none.
         stop: Set when the lease shall end; asked between two steps, from the device's thread.
         error: Why nothing more can come, if so.
     """
 
     def __init__(self) -> None:
         self.acked_chunk = -1
+        self.is_paused = False
+        self.start_latents: PackedTensor | None = None
         self.stop = threading.Event()
         self.error: Exception | None = None
         self._window = EmbeddingWindow()
         self._prompt: tuple[SetPrompt, tuple[PackedEmbedding, ...]] | None = None
         self._superseded: list[str] = []
+        self._has_rested = False
         self._news = asyncio.Event()
 
     def apply(self, message: Control) -> None:
@@ -90,6 +99,11 @@ class Controls:
                 self._prompt = (message, self._window.admit(message))
             case Credit(acked_chunk):
                 self.acked_chunk = max(self.acked_chunk, acked_chunk)
+            case SetPaused(paused):
+                self._has_rested |= paused
+                self.is_paused = paused
+            case StartFrom(latents):
+                self.start_latents = latents
             case Stop():
                 self.stop.set()
         self._news.set()
@@ -109,10 +123,22 @@ class Controls:
         session.update_prompt(message.update, embeddings)
         return superseded
 
+    def take_rest(self) -> bool:
+        """Return, once, whether the session has been paused."""
+        rested, self._has_rested = self._has_rested, False
+        return rested
+
     @property
     def has_prompt(self) -> bool:
         """Whether a prompt waits to be taken."""
         return self._prompt is not None
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when a message comes, or after a time."""
+        self._news.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
 
     async def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Return when ``ready()`` or the lease shall end.
@@ -134,6 +160,7 @@ class Lease:
         self._engine = engine
         self._worker = worker
         self._controls = Controls()
+        self._pace = Pace(request.frames_per_second, request.lead_s)
         self._next_chunk = 0
         self._reader: asyncio.Task[None] | None = None
         self._job: asyncio.Future[Any] | None = None
@@ -162,6 +189,15 @@ class Lease:
 
     async def _generate(self, session: GeneratorSession) -> GeneratedChunk | None:
         """Return the next chunk, or None when the lease shall end."""
+        while await self._has_credit():
+            wait_s = self._pace.wait_s(time.monotonic())
+            if not wait_s:
+                return await self._on_device(lambda: self._step(session))
+            await self._controls.wait(wait_s)
+        return None
+
+    async def _has_credit(self) -> bool:
+        """Wait until the next chunk is wanted; return False when the lease shall end."""
         controls = self._controls
         try:
             await controls.wait_until(self._may_generate, self._request.idle_timeout_s)
@@ -169,22 +205,29 @@ class Lease:
             raise Unavailable("the gateway has left the generator without work", reason="GATEWAY_LOST") from None
         if controls.error is not None:
             raise controls.error
-        if controls.stop.is_set():
-            return None
-        return await self._on_device(lambda: self._step(session))
+        if controls.take_rest():
+            self._pace.resume(time.monotonic())
+        return not controls.stop.is_set()
 
     def _may_generate(self) -> bool:
-        has_prompt = self._next_chunk > 0 or self._controls.has_prompt
-        return has_prompt and self._next_chunk <= self._controls.acked_chunk + self._request.credit_chunks
+        controls = self._controls
+        has_prompt = self._next_chunk > 0 or controls.has_prompt
+        has_credit = self._next_chunk <= controls.acked_chunk + self._request.credit_chunks
+        return has_prompt and has_credit and not controls.is_paused
 
     def _step(self, session: GeneratorSession) -> GeneratedChunk | None:
-        """Generate one chunk on the device's thread."""
-        superseded = self._controls.take_prompt(session)
+        """Make one chunk on the device's thread: the start image's, if there is one, is the first."""
+        controls, began_s = self._controls, time.monotonic()
+        superseded = controls.take_prompt(session)
         start = time.perf_counter()
-        chunk = session.generate(self._controls.stop.is_set)
+        if self._next_chunk == 0 and controls.start_latents is not None:
+            chunk: GeneratedChunk | None = session.start_from(controls.start_latents)
+        else:
+            chunk = session.generate(controls.stop.is_set)
         if chunk is None:
             return None
         self._next_chunk += 1
+        self._pace.count(chunk.frame_count, began_s)
         return replace(chunk, superseded=superseded, denoise_s=time.perf_counter() - start)
 
     async def _on_device(self, work: Callable[[], T]) -> T:

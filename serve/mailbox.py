@@ -17,10 +17,13 @@ import ray
 
 from causal_forcing.errors import NoCapacity, SessionStateError
 
-from .messages import Control, Credit
+from .messages import Control, Credit, SetPaused
 
-MAX_ENTRIES = 64
-"""Unread entries of one session; the gateway limits prompts, and credits replace each other."""
+MAX_ENTRIES = 128
+"""Unread entries of one session; the gateway limits prompts, and between two of them is one of every other kind."""
+
+LATEST_ONLY = (Credit, SetPaused)
+"""Messages of which a newer one replaces an unread older one, back to the last prompt."""
 
 SPARE_CALLS = 100
 """Calls that may run beside the waiting polls, so that a write never waits for a poll to end."""
@@ -38,19 +41,27 @@ class MailboxLog:
     _entries: deque[tuple[int, Control]] = field(default_factory=deque)
 
     def append(self, message: Control) -> int:
-        """Add a message and return its sequence number; a credit replaces an unread credit before it.
+        """Add a message and return its sequence number; a credit replaces an unread credit, a pause an unread pause.
 
         Raises:
             NoCapacity: If the generator has not read for too long.
         """
-        if isinstance(message, Credit) and self._entries and isinstance(self._entries[-1][1], Credit):
-            self._entries.pop()
+        if isinstance(message, LATEST_ONLY):
+            self._drop_older(type(message))
         if len(self._entries) >= MAX_ENTRIES:
             raise NoCapacity("the generator does not read its messages", reason="MAILBOX_FULL")
         seq = self.next_seq
         self._entries.append((seq, message))
         self.next_seq += 1
         return seq
+
+    def _drop_older(self, kind: type[Control]) -> None:
+        for index in reversed(range(len(self._entries))):
+            unread = self._entries[index][1]
+            if isinstance(unread, kind):
+                del self._entries[index]
+            if not isinstance(unread, LATEST_ONLY):
+                return
 
     def after(self, seq: int) -> list[tuple[int, Control]]:
         """Forget messages up to ``seq`` and return the rest in order.

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.geometry import pixel_frames
 from causal_forcing.prompts import PromptUpdate
 
-from .frames import FrameFormat
+from .frames import EncodedFrame, FrameFormat
 from .status import Failure
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ class LeaseRequest:
         credit_chunks: Chunks it may be ahead of the last ack.
         mailbox: Actor handle of the gateway's mailbox.
         idle_timeout_s: The generator gives up when the gateway leaves it without work for this long.
+        frames_per_second: Pace of the video; None is as fast as possible.
+        lead_s: How much earlier than at its time in the video a chunk may be begun.
     """
 
     replica_id: str
@@ -202,6 +205,8 @@ class LeaseRequest:
     credit_chunks: int
     mailbox: Any
     idle_timeout_s: float
+    frames_per_second: float | None = None
+    lead_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -227,11 +232,29 @@ class Credit:
 
 
 @dataclass(frozen=True)
+class SetPaused:
+    """Control: rest after the chunk under way, or go on."""
+
+    paused: bool
+
+
+@dataclass(frozen=True)
+class StartFrom:
+    """Control: chunk 0 is this one, not a generated one; comes before the first prompt.
+
+    Attributes:
+        latents: ``[1, 16, 1, h, w]`` of the start image.
+    """
+
+    latents: PackedTensor
+
+
+@dataclass(frozen=True)
 class Stop:
     """Control: end the lease."""
 
 
-Control = SetPrompt | Credit | Stop
+Control = SetPrompt | Credit | SetPaused | StartFrom | Stop
 """What a gateway tells a generator while a lease runs."""
 
 
@@ -264,6 +287,11 @@ class GeneratedChunk:
     superseded: tuple[str, ...] = ()
     denoise_s: float = 0.0
 
+    @property
+    def frame_count(self) -> int:
+        """Pixel frames that it decodes to."""
+        return pixel_frames(self.latents.frames, first=self.starts_scene)
+
 
 @dataclass(frozen=True)
 class LeaseEnded:
@@ -289,6 +317,9 @@ class DecodeRequest:
         height: Pixel rows.
         width: Pixel columns.
         format: How to encode.
+        first_frame: Number of its first pixel frame in the session; the time stamps of H.264 follow from it.
+        encode: False when nobody will see the chunk: only the cache goes on.
+        keyframe: Whether its first frame must be decodable by itself.
         history: Up to 38 latent frames before the chunk, in answer to NEED_PRIME; None otherwise.
     """
 
@@ -300,6 +331,9 @@ class DecodeRequest:
     height: int
     width: int
     format: FrameFormat
+    first_frame: int = 0
+    encode: bool = True
+    keyframe: bool = False
     history: PackedTensor | None = None
 
 
@@ -309,17 +343,33 @@ class Decoded:
 
     Attributes:
         replica_id: Who answered; the session's cache is there now.
-        frames: The encoded frames in order; None says NEED_PRIME: ask again with the history.
+        frames: The encoded frames in order, none if that was not asked for; None says NEED_PRIME: ask again with the
+            history.
         decode_s: Time from latents to pixels.
         encode_s: Time from pixels to bytes.
         prime_s: Time to rebuild the cache, when that was needed.
     """
 
     replica_id: str
-    frames: tuple[bytes, ...] | None
+    frames: tuple[EncodedFrame, ...] | None
     decode_s: float = 0.0
     encode_s: float = 0.0
     prime_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EncodeImage:
+    """Asks a decoder replica, which has the VAE, for the latents of a start image.
+
+    Attributes:
+        data: The file.
+        height: Pixel rows of the session.
+        width: Pixel columns of the session.
+    """
+
+    data: bytes
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)

@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from protos.causal_forcing.v1 import video_pb2 as pb
 
 from .config import ServiceConfig
-from .frames import split
+from .frames import EncodedFrame, split
 from .messages import Decoded, GeneratedChunk, Place
-from .requests import SessionRequest, duration_ns, effective_config, model_info, session_limits
+from .model_facts import model_info, session_limits
+from .requests import SessionRequest, duration_ns, effective_config
 from .status import Failure
 
-MAX_PART_BYTES = (1 << 20) - 1024
-"""Frame data in one message, so that the whole message stays within 1 MiB."""
+MAX_PART_BYTES = (1 << 20) - 4096
+"""Frame data in one message, so that the whole message stays within 1 MiB, an init segment included."""
+
+
+@dataclass(frozen=True)
+class ChunkCosts:
+    """Where the time of one chunk went, in seconds (see the protocol's ChunkTimings)."""
+
+    denoise_s: float
+    decode_s: float
+    encode_s: float
+    queue_s: float
+    text_s: float
+
+    @classmethod
+    def of(cls, chunk: GeneratedChunk, decoded: Decoded, text_s: float, elapsed_s: float) -> ChunkCosts:
+        """Return the costs of a chunk that was in the gateway for ``elapsed_s``."""
+        queue_s = elapsed_s - decoded.decode_s - decoded.encode_s
+        return cls(chunk.denoise_s, decoded.decode_s, decoded.encode_s, queue_s, text_s)
+
+    def write(self, timings: pb.ChunkTimings) -> None:
+        """Fill in the protocol's message."""
+        for name in ("denoise", "decode", "encode", "queue", "text"):
+            getattr(timings, name).FromNanoseconds(duration_ns(getattr(self, f"{name}_s")))
 
 
 class Outbox:
     """Messages on their way to the client; iterate over it until it is closed.
 
-    It needs no bound of its own: frames are limited by the session's credit, and everything else answers something that
-    the client has sent, which is limited, too.
+    It needs no bound of its own: frames are limited by the session's credit (or by the length of a video for a client
+    that only reads), and everything else answers something that the client has sent, which is limited, too.
 
     Attributes:
         sent: Messages so far; the next one's sequence number.
+        next_frame: Index of the next pixel frame; frames sent and dropped so far.
+        byte_count: Bytes of frames so far.
+        nbytes: Bytes of frames that have not been taken yet.
     """
 
     def __init__(self) -> None:
-        self.sent = 0
-        self._chunks = self._frames = self._bytes = 0
+        self.sent = self.next_frame = self.byte_count = self.nbytes = 0
+        self._chunks = self._dropped_frames = 0
+        self._dropping: pb.FramesDropped | None = None
+        self._is_over = False
         self._queue: asyncio.Queue[pb.StreamVideoResponse | None] = asyncio.Queue()
 
     def __aiter__(self) -> Outbox:
@@ -39,6 +68,7 @@ class Outbox:
         message = await self._queue.get()
         if message is None:
             raise StopAsyncIteration
+        self.nbytes -= len(message.frame.data)
         return message
 
     def close(self) -> None:
@@ -67,54 +97,90 @@ class Outbox:
         """Answer a ping."""
         self._send(pong=pb.Pong(nonce=ping.nonce))
 
-    def chunk(self, chunk: GeneratedChunk, decoded: Decoded) -> None:
-        """Send a chunk: where its prompt takes effect, if it does, and its frames."""
-        if chunk.prompt_applied:
-            applied = pb.PromptApplied(
-                prompt_id=chunk.prompt_id,
-                chunk_index=chunk.index,
-                frame_index=self._frames,
-                superseded_prompt_ids=chunk.superseded,
-            )
-            self._send(prompt_applied=applied)
+    def ending(self, remaining_s: float) -> None:
+        """Warn that the session will reach its longest length."""
+        warning = pb.SessionEnding()
+        warning.remaining.FromNanoseconds(duration_ns(remaining_s))
+        self._send(session_ending=warning)
+
+    def chunk(self, chunk: GeneratedChunk, decoded: Decoded, costs: ChunkCosts) -> None:
+        """Send a chunk: what was dropped before it, where its prompt takes effect, if it does, and its frames."""
+        self._flush_dropped()
+        self._applied(chunk)
         frames = decoded.frames or ()
-        for number, data in enumerate(frames):
-            self._frame(data, chunk, decoded if number == len(frames) - 1 else None)
+        for number, frame in enumerate(frames):
+            self._frame(frame, chunk, costs if number == len(frames) - 1 else None)
         self._chunks += 1
+
+    def drop(self, chunk: GeneratedChunk) -> None:
+        """Leave a chunk out: the frames are told of before the next ones that are sent, its prompt at once."""
+        self._applied(chunk)
+        if self._dropping is None:
+            self._dropping = pb.FramesDropped(first_frame_index=self.next_frame, first_chunk_index=chunk.index)
+        self._dropping.frame_count += chunk.frame_count
+        self._dropping.chunk_count += 1
+        self._dropped_frames += chunk.frame_count
+        self.next_frame += chunk.frame_count
 
     def ended(self, reason: pb.EndReason, duration_s: float) -> None:
         """Tell that the session ended well, and what was sent."""
+        self._flush_dropped()
         ended = pb.SessionEnded(
-            reason=reason, chunk_count=self._chunks, frame_count=self._frames, byte_count=self._bytes
+            reason=reason,
+            chunk_count=self._chunks,
+            frame_count=self.next_frame - self._dropped_frames,
+            byte_count=self.byte_count,
+            dropped_frame_count=self._dropped_frames,
         )
         ended.duration.FromNanoseconds(duration_ns(duration_s))
         self._send(session_ended=ended)
+        self._is_over = True
 
     def failed(self, failure: Failure) -> None:
         """Tell that the session failed."""
         self._send(error=failure.to_proto())
+        self._is_over = True
 
-    def _frame(self, data: bytes, chunk: GeneratedChunk, last: Decoded | None) -> None:
-        """Send one frame in parts; ``last`` is given for the last one of its chunk."""
-        parts = split(data, MAX_PART_BYTES)
+    def _applied(self, chunk: GeneratedChunk) -> None:
+        if not chunk.prompt_applied:
+            return
+        applied = pb.PromptApplied(
+            prompt_id=chunk.prompt_id,
+            chunk_index=chunk.index,
+            frame_index=self.next_frame,
+            superseded_prompt_ids=chunk.superseded,
+        )
+        self._send(prompt_applied=applied)
+
+    def _flush_dropped(self) -> None:
+        if self._dropping is not None:
+            dropped, self._dropping = self._dropping, None
+            self._send(frames_dropped=dropped)
+
+    def _frame(self, encoded: EncodedFrame, chunk: GeneratedChunk, costs: ChunkCosts | None) -> None:
+        """Send one frame in parts; ``costs`` are given for the last one of its chunk."""
+        parts = split(encoded.data, MAX_PART_BYTES)
         for index, part in enumerate(parts):
             frame = pb.VideoFrame(
                 chunk_index=chunk.index,
-                frame_index=self._frames,
+                frame_index=self.next_frame,
                 prompt_id=chunk.prompt_id,
                 data=part,
                 part_index=index,
                 part_count=len(parts),
+                last_in_chunk=costs is not None and index == len(parts) - 1,
+                keyframe=encoded.keyframe,
+                init_segment=encoded.init_segment if index == 0 else b"",
             )
-            if last is not None and index == len(parts) - 1:
-                frame.last_in_chunk = True
-                frame.timings.denoise.FromNanoseconds(duration_ns(chunk.denoise_s))
-                frame.timings.decode.FromNanoseconds(duration_ns(last.decode_s))
-                frame.timings.encode.FromNanoseconds(duration_ns(last.encode_s))
+            if frame.last_in_chunk and costs is not None:
+                costs.write(frame.timings)
             self._send(frame=frame)
-        self._frames += 1
-        self._bytes += len(data)
+        self.next_frame += 1
+        self.byte_count += len(encoded.data)
 
     def _send(self, **message: Any) -> None:  # noqa: ANN401  (one of the protocol's messages)
+        if self._is_over:
+            return  # a chunk that was under way when the last message was said
         self._queue.put_nowait(pb.StreamVideoResponse(sequence=self.sent, **message))
+        self.nbytes += len(frame.data) if (frame := message.get("frame")) is not None else 0
         self.sent += 1

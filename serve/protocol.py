@@ -12,7 +12,7 @@ from .config import ServiceConfig
 from .messages import Credit
 from .requests import SessionRequest, parse_config, parse_prompt
 
-ClientEvent = SessionRequest | PromptUpdate | Credit | pb.Ping | pb.End
+ClientEvent = SessionRequest | PromptUpdate | Credit | pb.Ping | pb.End | pb.Pause | pb.Resume | pb.RequestKeyframe
 """A checked message."""
 
 
@@ -79,7 +79,8 @@ class Conversation:
             return update
         if kind == "ack":
             return self._ack(message.ack)
-        return message.ping if kind == "ping" else message.end
+        plain: pb.Ping | pb.End | pb.Pause | pb.Resume | pb.RequestKeyframe = getattr(message, kind)
+        return plain
 
     @staticmethod
     def without_config() -> SessionStateError:

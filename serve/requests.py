@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from causal_forcing.config import MAX_SEED, SessionConfig
 from causal_forcing.errors import InvalidRequest
-from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE
 from causal_forcing.prompts import Blend, PromptUpdate, SwitchPolicy, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
 
 from .config import ServiceConfig
 from .frames import Codec, FrameFormat
+from .images import check_start_image
 
 MAX_PROMPT_ID = 64
 """Longest name of a prompt update, in characters."""
@@ -27,8 +27,24 @@ CODECS: Mapping[int, Codec] = MappingProxyType(
         pb.FRAME_CODEC_JPEG: Codec.JPEG,
         pb.FRAME_CODEC_PNG: Codec.PNG,
         pb.FRAME_CODEC_RAW_RGB24: Codec.RAW_RGB24,
+        pb.FRAME_CODEC_H264_ANNEXB: Codec.H264_ANNEXB,
+        pb.FRAME_CODEC_H264_FMP4: Codec.H264_FMP4,
     }
 )
+PACINGS: Mapping[int, bool] = MappingProxyType(
+    {pb.PACING_UNSPECIFIED: True, pb.PACING_REALTIME: True, pb.PACING_AS_FAST_AS_POSSIBLE: False}
+)
+"""Whether a session keeps the time of its video."""
+
+SLOW_CLIENT_POLICIES: Mapping[int, bool] = MappingProxyType(
+    {
+        pb.SLOW_CLIENT_POLICY_UNSPECIFIED: False,
+        pb.SLOW_CLIENT_POLICY_LOSSLESS: False,
+        pb.SLOW_CLIENT_POLICY_DROP_TO_LATEST: True,
+    }
+)
+"""Whether a client without credit misses chunks."""
+
 BLENDS: Mapping[int, Blend] = MappingProxyType(
     {pb.BLEND_UNSPECIFIED: Blend.LINEAR, pb.BLEND_LINEAR: Blend.LINEAR, pb.BLEND_SLERP: Blend.SLERP}
 )
@@ -44,6 +60,19 @@ POLICIES: Mapping[int, SwitchPolicy] = MappingProxyType(
 
 
 @dataclass(frozen=True)
+class Goal:
+    """When a video of a given length is complete.
+
+    Attributes:
+        min_frames: Pixel frames it shall have; it ends with the chunk that holds the last of them.
+        max_bytes: Bytes of encoded frames after which it ends in any case.
+    """
+
+    min_frames: int
+    max_bytes: int
+
+
+@dataclass(frozen=True)
 class SessionRequest:
     """A checked SessionConfig.
 
@@ -52,12 +81,30 @@ class SessionRequest:
         prompt: Of the first chunk.
         format: How frames are encoded.
         credit_chunks: Chunks the session may be ahead of the last ack.
+        is_paced: Whether it keeps the time of the video rather than going as fast as possible.
+        drops: Whether a client without credit misses chunks rather than holding the video up.
+        start_image: File that the video starts from; empty for none.
+        goal: Length of the video for a client that only reads; None until the client ends it.
     """
 
     config: SessionConfig
     prompt: PromptUpdate
     format: FrameFormat
     credit_chunks: int
+    is_paced: bool = True
+    drops: bool = False
+    start_image: bytes = b""
+    goal: Goal | None = None
+
+    @property
+    def frames_per_second(self) -> int:
+        """Rate at which the video is shown."""
+        return self.format.frames_per_second
+
+    @property
+    def gives_itself_credit(self) -> bool:
+        """Whether generation goes on without the client's acks."""
+        return self.drops or self.goal is not None
 
 
 def parse_config(message: pb.SessionConfig, service: ServiceConfig) -> SessionRequest:
@@ -74,13 +121,44 @@ def parse_config(message: pb.SessionConfig, service: ServiceConfig) -> SessionRe
     if message.prompt.policy:
         allowed = "must be left out of the first prompt, which has no past"
         raise InvalidRequest("policy", message.prompt.policy, allowed, reason="INVALID_PROMPT")
-    quality = message.jpeg_quality if message.HasField("jpeg_quality") else None
+    is_paced = _choice("pacing", message.pacing, PACINGS, pb.Pacing)
+    drops = _choice("slow_client_policy", message.slow_client_policy, SLOW_CLIENT_POLICIES, pb.SlowClientPolicy)
+    if drops and not is_paced:
+        allowed = "needs PACING_REALTIME: without a pace, a session without credit would only make what nobody sees"
+        raise InvalidRequest("slow_client_policy", "SLOW_CLIENT_POLICY_DROP_TO_LATEST", allowed)
+    if message.start_image:
+        check_start_image(message.start_image)
     return SessionRequest(
         config=_engine_config(message, service),
         prompt=parse_prompt(message.prompt, 0),
-        format=FrameFormat(_choice("codec", message.codec, CODECS, pb.FrameCodec), quality),
+        format=_format(message),
         credit_chunks=_credit(message, service),
+        is_paced=is_paced,
+        drops=drops,
+        start_image=message.start_image,
     )
+
+
+def parse_generate(message: pb.GenerateVideoRequest, service: ServiceConfig) -> SessionRequest:
+    """Return a checked request for a video of a given length.
+
+    Raises:
+        InvalidRequest: If a field is missing or not allowed.
+    """
+    for field in ("slow_client_policy", "credit_chunks"):
+        if getattr(message.config, field):
+            raise InvalidRequest(field, getattr(message.config, field), "must be left out: GenerateVideo has no acks")
+    if message.config.pacing == pb.PACING_AS_FAST_AS_POSSIBLE:
+        allowed = "must be PACING_REALTIME: nothing else slows a server down whose client has stopped reading"
+        raise InvalidRequest("pacing", "PACING_AS_FAST_AS_POSSIBLE", allowed)
+    limits, length_s = service.limits, message.duration.ToNanoseconds() / 1e9
+    if not 0 < length_s <= limits.max_generate_s:
+        raise InvalidRequest(
+            "duration", f"{length_s:g}s", f"must be more than 0 and at most {limits.max_generate_s:g}s"
+        )
+    request = parse_config(message.config, service)
+    frames = math.ceil(length_s * request.frames_per_second - 1e-6)
+    return replace(request, goal=Goal(frames, limits.max_generate_bytes))
 
 
 def parse_prompt(message: pb.PromptUpdate, number: int) -> PromptUpdate:
@@ -108,10 +186,11 @@ def parse_prompt(message: pb.PromptUpdate, number: int) -> PromptUpdate:
 
 
 def effective_config(request: SessionRequest) -> pb.SessionConfig:
-    """Return what a session runs with, for SessionStarted; without the prompt."""
-    config = request.config
-    codec = next(number for number, codec in CODECS.items() if codec is request.format.codec and number)
-    return pb.SessionConfig(
+    """Return what a session runs with, for SessionStarted; without the prompt and the start image."""
+    config, form = request.config, request.format
+    codec = next(number for number, codec in CODECS.items() if codec is form.codec and number)
+    policy = pb.SLOW_CLIENT_POLICY_DROP_TO_LATEST if request.drops else pb.SLOW_CLIENT_POLICY_LOSSLESS
+    told = pb.SessionConfig(
         height=config.height,
         width=config.width,
         seed=config.seed,
@@ -119,29 +198,16 @@ def effective_config(request: SessionRequest) -> pb.SessionConfig:
         window_frames=config.window_frames,
         sink_frames=config.sink_frames,
         codec=pb.FrameCodec.Name(codec),
-        jpeg_quality=request.format.jpeg_quality,
-        credit_chunks=request.credit_chunks,
+        jpeg_quality=form.jpeg_quality,
+        pacing="PACING_REALTIME" if request.is_paced else "PACING_AS_FAST_AS_POSSIBLE",
+        frames_per_second=form.frames_per_second,
+        h264_bit_rate=form.h264_bit_rate,
+        h264_keyframe_interval_frames=form.h264_keyframe_interval_frames,
     )
-
-
-def model_info(service: ServiceConfig) -> pb.ModelInfo:
-    """Return what a client is told about the model."""
-    preset = service.model_preset
-    return pb.ModelInfo(
-        name=preset.name,
-        trained=preset.trained and service.engine == "model",
-        frames_per_second=FRAMES_PER_SECOND,
-        frames_per_chunk_count=TEMPORAL_STRIDE * preset.chunk_frames,
-    )
-
-
-def session_limits(service: ServiceConfig) -> pb.SessionLimits:
-    """Return what a client is told about its limits."""
-    limits = pb.SessionLimits()
-    limits.silence_timeout.FromMilliseconds(round(1000 * service.limits.silence_timeout_s))
-    limits.stall_timeout.FromMilliseconds(round(1000 * service.limits.stall_timeout_s))
-    limits.max_duration.FromMilliseconds(round(1000 * service.limits.max_session_s))
-    return limits
+    if request.goal is None:
+        told.credit_chunks = request.credit_chunks
+        told.slow_client_policy = policy
+    return told
 
 
 def _engine_config(message: pb.SessionConfig, service: ServiceConfig) -> SessionConfig:
@@ -173,6 +239,15 @@ def _size(message: pb.SessionConfig, service: ServiceConfig) -> tuple[int, int]:
         shown = f"{message.height}x{message.width}"
         raise InvalidRequest(field, shown, f"{allowed} (height x width)", reason="UNSUPPORTED_RESOLUTION")
     return size
+
+
+def _format(message: pb.SessionConfig) -> FrameFormat:
+    given = {
+        name: getattr(message, name)
+        for name in ("jpeg_quality", "frames_per_second", "h264_bit_rate", "h264_keyframe_interval_frames")
+        if message.HasField(name)
+    }
+    return FrameFormat(_choice("codec", message.codec, CODECS, pb.FrameCodec), **given)
 
 
 def _credit(message: pb.SessionConfig, service: ServiceConfig) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from causal_forcing.config import SessionConfig
-from causal_forcing.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from causal_forcing.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
 
 from .config import ServiceConfig
@@ -70,16 +70,22 @@ class SimulatedSession:
             if should_stop():
                 return None
             time.sleep(self._step_s)
+        data = np.zeros(self._config.geometry.latent_shape(self._frames), np.int16)
+        data[0, 0, :, 0, 0] = mark(self._config.seed)
+        data[0, 1, :, 0, 0] = mark(self._index)
+        data[0, 2, :, 0, 0] = self._text_mark
+        return self._commit(PackedTensor(data, "bfloat16"))
+
+    def start_from(self, latents: PackedTensor) -> GeneratedChunk:
+        """Begin with given latents."""
+        return self._commit(latents)
+
+    def _commit(self, latents: PackedTensor) -> GeneratedChunk:
         applied, self._pending = self._pending, None
         if applied is not None:
             self._prompt = applied
             self._starts_scene |= applied.policy is SwitchPolicy.SCENE_CUT
         assert self._prompt is not None
-        data = np.zeros(self._config.geometry.latent_shape(self._frames), np.int16)
-        data[0, 0, :, 0, 0] = mark(self._config.seed)
-        data[0, 1, :, 0, 0] = mark(self._index)
-        data[0, 2, :, 0, 0] = self._text_mark
-        latents = PackedTensor(data, "bfloat16")
         chunk = GeneratedChunk(self._index, latents, self._starts_scene, self._prompt.prompt_id, applied is not None)
         self._index, self._starts_scene = self._index + 1, False
         return chunk
@@ -95,6 +101,13 @@ class SimulatedDecoder:
     def open(self, height: int, width: int) -> SimulatedStream:
         """Return a fresh stream."""
         return SimulatedStream(height, width, self._sleep_s)
+
+    def encode_image(self, frame: Pixels) -> PackedTensor:
+        """Return latents that carry the frame's mean colour."""
+        height, width = frame.shape[:2]
+        data = np.zeros(Geometry(height, width).latent_shape(1), np.int16)
+        data[0, :3, 0, 0, 0] = frame.reshape(-1, 3).mean(axis=0).round()
+        return PackedTensor(data, "bfloat16")
 
 
 class SimulatedStream:

@@ -17,10 +17,14 @@ from typing import TypeVar
 
 from ray import serve
 
+from causal_forcing.errors import InvalidRequest
+
 from .config import ServiceConfig
 from .engines import DecoderEngine, DecoderStream, load_decoder
-from .frames import FrameFormat, Pixels
-from .messages import CloseDecoder, Decoded, DecodeRequest, PackedTensor
+from .frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
+from .images import read_start_image
+from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor
+from .status import Failure, failure_of
 
 IDLE_S = 300.0
 """A cache that was not used for this long belongs to a session whose end was lost."""
@@ -36,6 +40,7 @@ class Entry:
         stream: The decoder's state.
         next_chunk: The chunk it expects; None while it is being changed, or after that failed.
         last: The answer to the chunk before.
+        encoder: What turns its frames into bytes; a fresh one begins with a keyframe.
         used_s: When it was last used.
         lock: Held by the call that uses it.
     """
@@ -43,6 +48,7 @@ class Entry:
     stream: DecoderStream
     next_chunk: int | None = None
     last: Decoded | None = None
+    encoder: FrameEncoder | None = None
     used_s: float = 0.0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -50,7 +56,8 @@ class Entry:
     def nbytes(self) -> int:
         """Memory it holds."""
         frames = self.last.frames if self.last is not None else None
-        return self.stream.nbytes + sum(len(frame) for frame in frames or ())
+        encoder_bytes = self.encoder.nbytes if self.encoder is not None else 0
+        return self.stream.nbytes + encoder_bytes + sum(len(frame.data) for frame in frames or ())
 
 
 class DecoderCache:
@@ -119,15 +126,27 @@ class DecoderService:
             if not ready and request.history is None:
                 return Decoded(self._replica_id, None)
             entry.next_chunk = None  # until this has succeeded; a call may be cancelled at every await
+            encoder, entry.encoder = entry.encoder if ready else None, None
             prime_s = 0.0
             if request.starts_scene:
                 await _run(self._device, entry.stream.reset)
             elif not ready and request.history is not None:
                 prime_s = await self._prime(entry.stream, request.history)
-            answer = await self._frames(entry.stream, request)
-            entry.last = replace(answer, prime_s=prime_s)
+            if encoder is None:
+                encoder = new_encoder(request.format, request.height, request.width, self._engine.min_frame_bytes)
+            answer = await self._frames(entry.stream, encoder, request)
+            entry.last, entry.encoder = replace(answer, prime_s=prime_s), encoder
             entry.next_chunk = request.chunk_index + 1
             return entry.last
+
+    async def encode_image(self, request: EncodeImage) -> PackedTensor:
+        """Return the latents of a start image.
+
+        Raises:
+            InvalidRequest: If the file is damaged (field ``start_image``).
+        """
+        frame = await _run(self._encoder, lambda: read_start_image(request.data, request.height, request.width))
+        return await _run(self._device, lambda: self._engine.encode_image(frame))
 
     async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
         """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""
@@ -138,17 +157,18 @@ class DecoderService:
             await _run(self._device, lambda latents=latents: stream.decode(latents))  # type: ignore[misc]
         return time.perf_counter() - start
 
-    async def _frames(self, stream: DecoderStream, request: DecodeRequest) -> Decoded:
+    async def _frames(self, stream: DecoderStream, encoder: FrameEncoder, request: DecodeRequest) -> Decoded:
         def decode() -> tuple[Sequence[Pixels], float]:
             start = time.perf_counter()
             return stream.decode(request.latents), time.perf_counter() - start
 
-        def encode() -> tuple[tuple[bytes, ...], float]:
+        def encode() -> tuple[tuple[EncodedFrame, ...], float]:
             start = time.perf_counter()
-            frames = encode_all(pixels, request.format, self._engine.min_frame_bytes)
-            return frames, time.perf_counter() - start
+            return encode_all(encoder, pixels, request), time.perf_counter() - start
 
         pixels, decode_s = await _run(self._device, decode)
+        if not request.encode:
+            return Decoded(self._replica_id, (), decode_s)
         frames, encode_s = await _run(self._encoder, encode)
         return Decoded(self._replica_id, frames, decode_s, encode_s)
 
@@ -166,6 +186,13 @@ class VaeDecoder:
         """Return a chunk's encoded frames, or NEED_PRIME."""
         return await self._service.decode(request)
 
+    async def encode_image(self, request: EncodeImage) -> PackedTensor | Failure:
+        """Return the latents of a start image, or why there are none."""
+        try:
+            return await self._service.encode_image(request)
+        except InvalidRequest as error:
+            return failure_of(error)
+
     async def close(self, request: CloseDecoder) -> None:
         """Forget a session."""
         self._service.cache.drop(request.session_id)
@@ -175,9 +202,13 @@ class VaeDecoder:
         return len(self._service.cache)
 
 
-def encode_all(pixels: Sequence[Pixels], frame_format: FrameFormat, min_bytes: int) -> tuple[bytes, ...]:
-    """Return each frame encoded, padded with zeros to at least ``min_bytes``."""
-    return tuple(frame_format.encode(frame).ljust(min_bytes, b"\0") for frame in pixels)
+def encode_all(encoder: FrameEncoder, pixels: Sequence[Pixels], request: DecodeRequest) -> tuple[EncodedFrame, ...]:
+    """Return a chunk's frames encoded; a scene begins with a frame that can be decoded by itself."""
+    keyframe = request.keyframe or request.starts_scene
+    return tuple(
+        encoder.encode(frame, request.first_frame + number, keyframe=keyframe and number == 0)
+        for number, frame in enumerate(pixels)
+    )
 
 
 async def _run(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:

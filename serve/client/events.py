@@ -15,8 +15,23 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 if TYPE_CHECKING:
     from serve.frames import Pixels
 
-CODECS = {"jpeg": pb.FRAME_CODEC_JPEG, "png": pb.FRAME_CODEC_PNG, "raw_rgb24": pb.FRAME_CODEC_RAW_RGB24}
+CODECS = {
+    "jpeg": pb.FRAME_CODEC_JPEG,
+    "png": pb.FRAME_CODEC_PNG,
+    "raw_rgb24": pb.FRAME_CODEC_RAW_RGB24,
+    "h264_annexb": pb.FRAME_CODEC_H264_ANNEXB,
+    "h264_fmp4": pb.FRAME_CODEC_H264_FMP4,
+}
 """Codec names and what the protocol calls them."""
+
+PACINGS = {"realtime": pb.PACING_REALTIME, "as_fast_as_possible": pb.PACING_AS_FAST_AS_POSSIBLE}
+"""Pacing names and what the protocol calls them."""
+
+SLOW_CLIENT_POLICIES = {
+    "lossless": pb.SLOW_CLIENT_POLICY_LOSSLESS,
+    "drop_to_latest": pb.SLOW_CLIENT_POLICY_DROP_TO_LATEST,
+}
+"""Names of slow-client policies and what the protocol calls them."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +46,15 @@ class StreamOptions:
         denoising_steps: Strictly descending timesteps.
         window_frames: Latent frames the model looks back on.
         sink_frames: Latent frames it never forgets.
-        codec: ``jpeg``, ``png`` or ``raw_rgb24``.
-        jpeg_quality: 1 to 100.
+        codec: ``jpeg``, ``png``, ``raw_rgb24``, ``h264_annexb`` or ``h264_fmp4``.
+        jpeg_quality: 1 to 100; JPEG only.
         credit_chunks: Chunks the server may be ahead.
+        pacing: ``realtime`` or ``as_fast_as_possible``.
+        slow_client_policy: ``lossless`` or ``drop_to_latest``.
+        frames_per_second: Rate at which the video is shown, 1 to 60.
+        h264_bit_rate: Bits a second; H.264 only.
+        h264_keyframe_interval_frames: Frames from one keyframe to the next; H.264 only.
+        start_image: JPEG or PNG file that the video starts from; empty for none.
     """
 
     prompt: PromptUpdate | str
@@ -46,6 +67,12 @@ class StreamOptions:
     codec: str = "jpeg"
     jpeg_quality: int | None = None
     credit_chunks: int | None = None
+    pacing: str | None = None
+    slow_client_policy: str | None = None
+    frames_per_second: int | None = None
+    h264_bit_rate: int | None = None
+    h264_keyframe_interval_frames: int | None = None
+    start_image: bytes = b""
 
     def to_proto(self) -> pb.SessionConfig:
         """Return the protocol's message."""
@@ -63,6 +90,12 @@ class StreamOptions:
             codec=pb.FrameCodec.Name(CODECS[self.codec]),
             jpeg_quality=self.jpeg_quality,
             credit_chunks=self.credit_chunks,
+            pacing=PACINGS[self.pacing] if self.pacing else None,
+            slow_client_policy=SLOW_CLIENT_POLICIES[self.slow_client_policy] if self.slow_client_policy else None,
+            frames_per_second=self.frames_per_second,
+            h264_bit_rate=self.h264_bit_rate,
+            h264_keyframe_interval_frames=self.h264_keyframe_interval_frames,
+            start_image=self.start_image,
         )
 
 

@@ -44,7 +44,12 @@ def run(args: argparse.Namespace) -> int:
             start = time.perf_counter()
             with local_service(config, verbose=args.verbose) as service:
                 _say(f"ready on {service.address} after {time.perf_counter() - start:.1f} s; streaming ...")
-                status = view(service.address, StreamOptions(prompt=first, seed=SEED), viewer, args.output)
+                status = view(
+                    service.address,
+                    StreamOptions(prompt=first, seed=SEED, pacing="as_fast_as_possible"),
+                    viewer,
+                    args.output,
+                )
                 _say("stopping the service ...")
         except KeyboardInterrupt:
             _say("interrupted; everything that was started has been stopped")

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from causal_forcing.config import SessionConfig
-from causal_forcing.errors import CausalForcingError
+from causal_forcing.errors import CausalForcingError, InvalidRequest
 from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import ServiceConfig, load_config
 from serve.errors import Unavailable
 from serve.generator import Lease
+from serve.inputs import StreamInput
 from serve.mailbox import MailboxRoom
 from serve.messages import (
     Claim,
@@ -24,6 +25,7 @@ from serve.messages import (
     Control,
     Decoded,
     DecodeRequest,
+    EncodeImage,
     GeneratedChunk,
     LeaseEvent,
     LeaseRequest,
@@ -34,6 +36,7 @@ from serve.messages import (
 )
 from serve.session import LiveSession
 from serve.simulated import SimulatedDecoder, SimulatedGenerator, SimulatedText
+from serve.status import FailedElsewhere, failure_of
 from serve.vae_decoder import DecoderService
 
 REPLICA = "generator-1"
@@ -57,7 +60,8 @@ class Client:
 
     def config(self, text: str = "a fox", **fields: Any) -> None:
         prompt = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text=text)], prompt_id="first")
-        self.send(config=pb.SessionConfig(prompt=prompt, **{"seed": 1, **fields}))
+        chosen = {"seed": 1, "pacing": "PACING_AS_FAST_AS_POSSIBLE", **fields}
+        self.send(config=pb.SessionConfig(prompt=prompt, **chosen))
 
     def prompt(self, text: str, **fields: Any) -> None:
         self.send(prompt=pb.PromptUpdate(prompts=[pb.WeightedPrompt(text=text)], **fields))
@@ -192,6 +196,12 @@ class FakeBackends:
             raise self.decode_failures.pop(0)
         return await self.decoder.decode(request)
 
+    async def encode_image(self, request: EncodeImage) -> PackedTensor:
+        try:
+            return await self.decoder.encode_image(request)
+        except InvalidRequest as error:
+            raise FailedElsewhere(failure_of(error)) from error
+
     async def close_decoder(self, request: CloseDecoder) -> None:
         self.decoder.cache.drop(request.session_id)
 
@@ -203,7 +213,7 @@ class FakeBackends:
 
 def open_session(backends: FakeBackends, client: Client) -> LiveSession:
     """Return a session with a fixed name."""
-    return LiveSession("session-1", backends.service, backends, client)
+    return LiveSession("session-1", backends.service, backends, StreamInput(client, backends.service))
 
 
 async def play(
@@ -263,13 +273,19 @@ class ScriptedEngine:
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
         self.updates.append(update.prompt_id)
 
+    def start_from(self, latents: PackedTensor) -> GeneratedChunk:
+        return self._next(latents)
+
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
         if should_stop():
             return None
         error = self.script.pop(0) if self.script else None
         if error is not None:
             raise error
-        made = chunk(self.index, prompt_id=self.updates[-1])
+        return self._next(latents([self.index]))
+
+    def _next(self, made_of: PackedTensor) -> GeneratedChunk:
+        made = chunk(self.index, latents=made_of, prompt_id=self.updates[-1])
         self.index += 1
         return made
 

@@ -7,7 +7,7 @@ import pytest
 
 from serve.decoding import DecoderLink, LatentHistory
 from serve.errors import Unavailable
-from serve.frames import FrameFormat
+from serve.frames import EncodedFrame, FrameFormat
 from serve.messages import CloseDecoder, Decoded, DecodeRequest
 from tests.serve.fakes import chunk, latents
 
@@ -23,7 +23,7 @@ class ScriptedDecoder:
     async def decode(self, request: DecodeRequest) -> Decoded:
         self.requests.append(request)
         answer = self._answers.pop(0)
-        return Decoded(answer.removeprefix("-"), None if answer.startswith("-") else (b"frame",))
+        return Decoded(answer.removeprefix("-"), None if answer.startswith("-") else (EncodedFrame(b"frame"),))
 
     async def close_decoder(self, request: CloseDecoder) -> None:
         self.closed.append(request.replica_id)

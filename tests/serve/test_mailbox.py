@@ -8,7 +8,7 @@ import pytest
 
 from causal_forcing.errors import NoCapacity, SessionStateError
 from serve.mailbox import MAX_ENTRIES, MailboxLog, MailboxRoom
-from serve.messages import Credit, SetPrompt, Stop
+from serve.messages import Credit, SetPaused, SetPrompt, Stop
 from tests.serve.fakes import update
 
 
@@ -23,6 +23,14 @@ def test_a_message_stays_until_it_is_acknowledged() -> None:
     assert [seq for seq, _ in log.after(0)] == [first, second]
     assert [seq for seq, _ in log.after(first)] == [second]
     assert log.after(second) == []
+
+
+def test_pauses_and_credits_between_two_prompts_are_one_of_each() -> None:
+    log = MailboxLog()
+    for message in (SetPaused(True), Credit(0), SetPaused(False), Credit(1), prompt("a"), SetPaused(True), Credit(2)):
+        log.append(message)
+    unread = [SetPaused(False), Credit(1), prompt("a"), SetPaused(True), Credit(2)]
+    assert [message for _, message in log.after(0)] == unread
 
 
 def test_credits_replace_each_other_but_never_move_past_a_prompt() -> None:

@@ -11,7 +11,8 @@ from causal_forcing.prompts import Blend, SwitchPolicy
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import load_config
 from serve.frames import Codec
-from serve.requests import effective_config, model_info, parse_config, parse_prompt
+from serve.model_facts import model_info
+from serve.requests import effective_config, parse_config, parse_prompt
 from tests.serve.fakes import simulated
 
 FOX = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="a fox")])
@@ -35,7 +36,12 @@ REFUSED = [
     (config(window_frames=22), "window_frames", "22", "1 (the sink and one chunk) to 21"),
     (config(window_frames=3, sink_frames=3), "sink_frames", "3", "smaller than window_frames"),
     (config(sink_frames=-1), "sink_frames", "-1", "0"),
-    (config(codec=9), "codec", "9", "FRAME_CODEC_JPEG, FRAME_CODEC_PNG, FRAME_CODEC_RAW_RGB24"),
+    (
+        config(codec=9),
+        "codec",
+        "9",
+        "FRAME_CODEC_JPEG, FRAME_CODEC_PNG, FRAME_CODEC_RAW_RGB24, FRAME_CODEC_H264_ANNEXB",
+    ),
     (config(jpeg_quality=0), "jpeg_quality", "0", "1 to 100"),
     (config(codec="FRAME_CODEC_PNG", jpeg_quality=80), "jpeg_quality", "80", "left out"),
     (config(credit_chunks=0), "credit_chunks", "0", "1 to 8"),

@@ -56,7 +56,7 @@ def history(before: int) -> PackedTensor:
 
 def pixels(answer: Decoded) -> list[Pixels]:
     assert answer.frames is not None
-    return [decode_frame(Codec.RAW_RGB24, frame, SIZE, SIZE) for frame in answer.frames]
+    return [decode_frame(Codec.RAW_RGB24, frame.data, SIZE, SIZE) for frame in answer.frames]
 
 
 @pytest.fixture(scope="module")

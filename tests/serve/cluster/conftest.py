@@ -24,6 +24,7 @@ from serve.frames import Pixels
 from serve.local import free_port, local_service
 
 SIZE = 32
+FAST = "as_fast_as_possible"
 PATIENCE_S = 90.0
 """For whatever must happen in the end; a busy machine starts a replica slowly."""
 
@@ -45,7 +46,14 @@ class Cluster:
         self, prompt: PromptUpdate | str = "a red circle", **options: Any
     ) -> AsyncIterator[AsyncVideoSession]:
         """Open a session of the small size with lossless frames."""
-        chosen = {"height": SIZE, "width": SIZE, "seed": 1, "codec": "raw_rgb24", **options}
+        chosen = {
+            "height": SIZE,
+            "width": SIZE,
+            "seed": 1,
+            "codec": "raw_rgb24",
+            "pacing": "as_fast_as_possible",
+            **options,
+        }
         async with AsyncVideoClient(self.address) as client, client.stream(StreamOptions(prompt, **chosen)) as session:
             yield session
 
