@@ -9,6 +9,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
 BENCHMARKS := end_to_end dit restore vae gateway_path gateway_stream grant_router
+JOBS ?= 2
 ARGS ?=
 
 .PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench full-size \
@@ -32,11 +33,11 @@ demo: $(STAMP) ## Run the whole service once on this machine and write demo.mp4.
 serve: $(STAMP) ## Run the service on this machine until Ctrl-C.
 	$(VENV)/bin/causal-forcing serve $(ARGS)
 
-test: $(STAMP) ## Run every test (ARGS=... goes to pytest).
-	$(PYTHON) -m pytest $(ARGS)
+test: $(STAMP) ## Run every test (JOBS=2 processes; ARGS=... goes to pytest).
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow.
-	$(PYTHON) -m pytest -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup -m 'not slow' $(ARGS)
 
 lint: $(STAMP) ## Check style: ruff, formatting, protos.
 	$(PYTHON) -m ruff check .

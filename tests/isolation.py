@@ -33,6 +33,11 @@ def enter_private_network() -> bool:
     return True
 
 
+def is_private() -> bool:
+    """Return whether this process was started in such a network."""
+    return interfaces() == ["lo"]
+
+
 def interfaces() -> list[str]:
     """Return the names of the network interfaces that this process sees."""
     return [name for _, name in socket.if_nameindex()]
