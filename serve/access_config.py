@@ -1,4 +1,4 @@
-"""Configuration of who may do what."""
+"""Configuration of who may do what, and of what is kept about it."""
 
 from __future__ import annotations
 
@@ -57,3 +57,14 @@ class IdentityConfig(Section):
             if not given and self.mode == mode:
                 raise ValueError(f"mode: {mode} needs {name}")
         return self
+
+
+class UsageConfig(Section):
+    """Where records of what sessions used go: a JSON line a session.
+
+    Attributes:
+        file: Path of the file that lines are appended to; ``{process}`` in it becomes the name of the writing process,
+            for folders that several machines share. ``-`` writes to the standard output.
+    """
+
+    file: Annotated[str, Field(min_length=1)]

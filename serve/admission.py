@@ -247,6 +247,14 @@ class AdmissionBook:
             if ticket.gateway_id == gateway_id and (session_id not in self._started_s or ticket.is_moving)
         }
 
+    def tickets(self) -> tuple[Ticket, ...]:
+        """Return the claims of all sessions."""
+        return tuple(self._tickets.values())
+
+    def is_running(self, session_id: str) -> bool:
+        """Return whether a session has a generator, or had one and waits for another."""
+        return session_id in self._started_s
+
     def ledger(self) -> dict[str, float]:
         """Return what each tenant has had, for gateways to remember (see :meth:`restore`)."""
         return self._shares.ledger()

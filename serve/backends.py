@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from .admission_actor import AdmissionDesk
+from .desk import AdmissionDesk
 from .errors import Unavailable
 from .messages import (
     Claim,

@@ -15,7 +15,7 @@ from causal_forcing.errors import InvalidRequest, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
 
-from .access_config import IdentityConfig
+from .access_config import IdentityConfig, UsageConfig
 from .section import Section
 
 if TYPE_CHECKING:
@@ -296,6 +296,7 @@ class ServiceConfig(Section):
         http_port: Port of the HTTP proxy (health and readiness).
         placement: Which nodes of a cluster run what.
         identity: How callers are told apart.
+        usage: Where records of what sessions used go; None: nowhere.
     """
 
     preset: str = "tiny"
@@ -316,6 +317,7 @@ class ServiceConfig(Section):
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     placement: Placement = Placement()
     identity: IdentityConfig = IdentityConfig()
+    usage: UsageConfig | None = None
     simulated: SimulatedConfig | None = None
 
     @model_validator(mode="after")

@@ -3,8 +3,8 @@
 Each tenant has a virtual time: the generator seconds it has had, divided by its weight. The next generator goes to the
 tenant whose virtual time is lowest, and within a tenant to the session that came first. A grant is charged at once with
 the length that is expected of it, and settled with its real length at the end, so that neither many short sessions nor
-a few long ones get more than their share. A tenant that was away starts at the lowest virtual time of those who were
-there: absence earns nothing.
+a few long ones get more than their share. A tenant that was away starts at the least that the others have had: absence
+earns nothing.
 
 Source: start-time fair queueing (Goyal, Vin, Cheng: "Start-time fair queueing", SIGCOMM 1996), with generator seconds
 for bytes and a charge that is settled afterwards, because nobody knows how long a session will be.
@@ -34,9 +34,13 @@ class Account:
     leases: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def virtual_s(self, now_s: float) -> float:
-        """Return the virtual time, running sessions included."""
+        """Return the virtual time, running sessions included with at least what they are charged."""
         running = sum(max(least_s, now_s - since_s) for since_s, least_s in self.leases.values())
         return self.settled_s + running / self.share.weight
+
+    def had_s(self, now_s: float) -> float:
+        """Return the virtual time without what running sessions are charged in advance."""
+        return self.settled_s + sum(now_s - since_s for since_s, _ in self.leases.values()) / self.share.weight
 
     @property
     def room(self) -> int | None:
@@ -143,6 +147,6 @@ class FairShares:
                 account.settled_s = max(account.settled_s, settled_s)
 
     def _advance(self, now_s: float) -> None:
-        """Move the clock to the lowest virtual time of the tenants that have a generator; it never goes back."""
-        active = [account.virtual_s(now_s) for account in self._accounts.values() if account.leases]
+        """Move the clock to the least that a tenant with a generator has really had; it never goes back."""
+        active = [account.had_s(now_s) for account in self._accounts.values() if account.leases]
         self._clock_s = max(self._clock_s, min(active, default=0.0))

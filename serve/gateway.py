@@ -17,9 +17,10 @@ from starlette.responses import PlainTextResponse, Response
 from causal_forcing.errors import CausalForcingError, NoCapacity
 from protos.causal_forcing.v1 import video_pb2 as pb
 
-from .admission_actor import AdmissionDesk, connect
+from .admission_actor import connect
 from .backends import RayBackends
 from .config import ServiceConfig
+from .desk import AdmissionDesk
 from .identity import Identity
 from .inputs import Input, OneRequest, StreamInput
 from .mailbox import start_mailbox
@@ -44,7 +45,7 @@ class Gateway:
         self._identity = Identity(config.identity, any_peer=config.serves_any_peer)
         self._sessions: set[str] = set()
         replica_id: str = serve.get_replica_context().replica_id.unique_id
-        desk = AdmissionDesk(connect(admission, config.limits.max_queued_sessions), replica_id)
+        desk = AdmissionDesk(connect(admission, config), replica_id)
         self._backends = RayBackends(
             desk=desk,
             mailbox=start_mailbox(config.gateway.max_sessions),

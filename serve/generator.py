@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError
 
 from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory, SessionStateError
 
-from .admission_actor import Reporter, connect
+from .admission_actor import connect
 from .config import ServiceConfig
 from .detached import detached
 from .engines import GeneratorEngine, GeneratorSession, load_generator
@@ -44,6 +44,7 @@ from .messages import (
     Stop,
 )
 from .pace import Pace
+from .reporter import Reporter
 from .status import failure_of
 
 POLL_S = 5.0
@@ -302,7 +303,7 @@ class Generator:
         engine = await asyncio.get_running_loop().run_in_executor(worker, load_generator, config)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         reporter = Reporter(
-            connect(admission, config.limits.max_queued_sessions),
+            connect(admission, config),
             replica_id,
             capacity=config.generator.sessions_per_replica,
             node_id=ray.get_runtime_context().get_node_id(),

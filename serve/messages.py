@@ -170,6 +170,58 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What a session has had so far.
+
+    Attributes:
+        is_paused: Whether it rests.
+        chunk_count: Chunks sent.
+        frame_count: Pixel frames sent.
+        byte_count: Bytes of encoded frames sent.
+        dropped_frame_count: Pixel frames made and not sent.
+        prompt_count: Prompts it was given.
+        held_s: How long it has had a generator.
+        text_s: Spent in text encoders.
+        denoise_s: Spent in generators.
+        decode_s: Spent in decoders on pixels, rebuilt caches included.
+        encode_s: Spent in decoders on the frames' encoding.
+    """
+
+    is_paused: bool = False
+    chunk_count: int = 0
+    frame_count: int = 0
+    byte_count: int = 0
+    dropped_frame_count: int = 0
+    prompt_count: int = 0
+    held_s: float = 0.0
+    text_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SessionView:
+    """Where a session stands, as admission knows it.
+
+    Attributes:
+        session_id: Its name.
+        tenant: Whose it is.
+        is_running: Whether it has a generator.
+        ahead: Sessions that get a generator before it.
+        age_s: Since it came.
+        progress: What it has had.
+    """
+
+    session_id: str
+    tenant: str
+    is_running: bool
+    ahead: int
+    age_s: float
+    progress: Progress = Progress()
+
+
+@dataclass(frozen=True)
 class GeneratorDemand:
     """What admission knows of the need for generators.
 

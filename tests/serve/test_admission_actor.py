@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from ray.exceptions import ActorUnavailableError
 
 from causal_forcing.errors import NoCapacity
+from serve.access_config import UsageConfig
 from serve.admission import GATEWAY_SILENT_S, SETTLE_S
-from serve.admission_actor import AdmissionDesk, Reporter, _AdmissionActor
-from serve.messages import Claim, Place
+from serve.admission_actor import _AdmissionActor
+from serve.desk import AdmissionDesk
+from serve.directory import LOST_S
+from serve.messages import Claim, Place, Progress, Share
+from serve.reporter import Reporter
+
+T = TypeVar("T")
 
 
 class Remote:
     """The actor as Ray hands it out: calls are awaited; while it is down they fail, and it comes back empty."""
 
-    def __init__(self, max_queued: int = 10) -> None:
-        self._max_queued = max_queued
+    def __init__(self, max_queued: int = 10, usage: UsageConfig | None = None) -> None:
+        self._told = (max_queued, "tiny", usage)
         self.calls: set[asyncio.Task[Any]] = set()
         self.restart()
 
@@ -31,7 +39,7 @@ class Remote:
             call.cancel()
 
     def restart(self) -> None:
-        self.actor: Any = _AdmissionActor(self._max_queued)
+        self.actor: Any = _AdmissionActor(*self._told)
         self.actor._book._settled_s -= SETTLE_S
         self.is_down = False
 
@@ -209,3 +217,88 @@ async def test_a_moving_session_keeps_its_place_when_admission_dies_meanwhile(ac
         await actor.actor.restore("gw", list(desk._tickets.values()), {})
         assert [actor.actor._book.place(name, time.monotonic()).ahead for name in "ab"] == [0, 1]
     desk.close()
+
+
+async def until(ask: Callable[[], Awaitable[T]], is_right: Callable[[T], object]) -> T:
+    async with asyncio.timeout(10):
+        while not is_right(answer := await ask()):  # noqa: ASYNC110  (the actor has no event for us)
+            await asyncio.sleep(0)
+    return answer
+
+
+class Carried:
+    """The sessions of a gateway."""
+
+    def __init__(self, **progress: Progress) -> None:
+        self._progress = progress
+        self.ended: asyncio.Queue[str] = asyncio.Queue()
+
+    def progress(self) -> dict[str, Progress]:
+        return self._progress
+
+    def end(self, session_id: str) -> None:
+        self.ended.put_nowait(session_id)
+
+
+async def test_any_gateway_knows_every_session_and_can_have_it_ended(actor: Remote) -> None:
+    carried = Carried(a=Progress(frame_count=9))
+    here, there = AdmissionDesk(actor, "gw1", carried), AdmissionDesk(actor, "gw2")
+    assert await next_place(here.places(Claim("a", Share("studio")))) == Place(0)
+    views = await until(there.sessions, lambda views: views[0].progress.frame_count)
+    assert (views[0].session_id, views[0].tenant, views[0].is_running) == ("a", "studio", False)
+    assert await there.end("a")
+    async with asyncio.timeout(10):
+        assert await carried.ended.get() == "a"
+    assert not await there.end("unheard of")
+    here.close()
+
+
+async def test_after_a_death_every_session_is_known_again(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw", Carried(a=Progress(frame_count=9)))
+    places = desk.places(Claim("a", Share("studio")))
+    assert await next_place(places) == Place(0)
+    actor.kill()
+    actor.restart()
+    views = await until(desk.sessions, bool)
+    assert views[0].tenant == "studio"
+    desk.close()
+
+
+async def test_prompts_are_counted_by_tenant_over_all_gateways_but_not_without_admission(actor: Remote) -> None:
+    desks = [AdmissionDesk(actor, name) for name in ("gw1", "gw2")]
+    assert [await desk.spend_prompt("a", 2) for desk in desks] == [0.0, 0.0]
+    assert await desks[0].spend_prompt("a", 2) > 0
+    actor.kill()
+    assert await desks[0].spend_prompt("a", 2) == 0.0
+
+
+async def test_new_shares_reach_admission(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    places = desk.places(Claim("a", Share("studio")))
+    assert await next_place(places) == Place(0)
+    desk.change_shares(lambda tenant: Share(tenant, weight=7, max_sessions=0))
+    await until(actor.counts.remote, lambda counts: counts["blocked"])
+    desk.close()
+
+
+async def test_the_sessions_of_a_dead_gateway_are_billed_from_what_it_told_last(tmp_path: Path) -> None:
+    file = tmp_path / "usage.jsonl"
+    remote = Remote(usage=UsageConfig(file=str(file)))
+    desk = AdmissionDesk(remote, "gw", Carried(a=Progress(frame_count=9)))
+    assert await next_place(desk.places(Claim("a", Share("studio")))) == Place(0)
+    await until(desk.sessions, lambda views: views[0].progress.frame_count)
+    desk.close()
+    admission, now_s = remote.actor, time.monotonic()
+    admission._expire(now_s + 2 * GATEWAY_SILENT_S)
+    assert not file.exists()
+    admission._expire(now_s + 2 * GATEWAY_SILENT_S + LOST_S)
+    admission._expire(now_s + 2 * GATEWAY_SILENT_S + 2 * LOST_S)
+    record = json.loads(file.read_text())
+    assert (record["tenant"], record["frame_count"], record["end"], record["complete"]) == (
+        "studio",
+        9,
+        "GATEWAY_LOST",
+        False,
+    )
+    if admission._sweeper is not None:
+        admission._sweeper.cancel()
