@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+import ray
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
@@ -26,10 +27,12 @@ from .messages import (
     EncodeImage,
     LeaseEvent,
     LeaseRequest,
+    LeaseStarted,
     PackedEmbedding,
     PackedTensor,
     Place,
 )
+from .silence import SilenceWatch, answers_its_health_check
 from .status import FailedElsewhere, Failure
 
 ATTEMPTS = 4
@@ -137,8 +140,15 @@ class RayBackends:
         text_encoder: DeploymentHandle[Any],
         generator: DeploymentHandle[Any],
         decoder: DeploymentHandle[Any],
+        generator_silence_s: float,
     ) -> None:
         self.mailbox = mailbox
+        self._silence = SilenceWatch(
+            unread=mailbox.unread.remote,
+            silence_s=generator_silence_s,
+            answers=lambda replica_id: answers_its_health_check(replica_actor(generator, replica_id)),
+            end=lambda replica_id: end_replica(replica_actor(generator, replica_id)),
+        )
         self._desk = desk
         self._text_encoder = text_encoder
         self._generator = generator.options(stream=True)
@@ -172,8 +182,11 @@ class RayBackends:
         """Run a lease; closing the iteration cancels it."""
         response: Any = self._generator.lease.remote(request)
         try:
-            async for event in response:
-                yield event
+            with contextlib.ExitStack() as watched:
+                async for event in response:
+                    if isinstance(event, LeaseStarted):
+                        watched.enter_context(self._silence.over(request.log_id, event.replica_id))
+                    yield event
         except RayActorError as error:
             raise Unavailable("the generator of this session died", reason="GENERATOR_LOST") from error
         finally:
@@ -231,6 +244,21 @@ class RayBackends:
             await call()
         except RayActorError as error:
             raise Unavailable("the mailbox of this session died", reason="GATEWAY_LOST") from error
+
+
+def replica_actor(deployment: DeploymentHandle[Any], replica_id: str) -> Any:  # noqa: ANN401  (ray's handles)
+    """Return the actor behind a replica, by the name that Serve gives it; None if there is none any more."""
+    name = f"SERVE_REPLICA::{deployment.app_name}#{deployment.deployment_name}#{replica_id}"
+    try:
+        return ray.get_actor(name, namespace="serve")
+    except ValueError:
+        return None
+
+
+def end_replica(actor: Any) -> None:  # noqa: ANN401  (ray's handles are untyped)
+    """End a replica's process, whatever it does; Serve starts another one."""
+    if actor is not None:
+        ray.kill(actor)
 
 
 async def _insist(call: Callable[[int], Awaitable[T]], what: str, reason: str) -> T:

@@ -193,11 +193,16 @@ class GeneratorConfig(WorkerConfig):
         sessions_per_replica: Sessions that take turns on one device, a chunk each; each gets its share of the speed.
         memory_bytes: Memory of one device. With it the configuration is refused if the weights and that many sessions
             of the largest kind do not fit; without it a replica finds that out when it starts.
+        first_chunk_timeout_s: How long each of a session's first chunks may take; later ones are compared with those
+            before them. A device that takes longer is taken for broken.
+        silence_timeout_s: A generator whose process says nothing for this long is ended.
     """
 
     autoscaling: GeneratorScaling | None = None
     sessions_per_replica: Annotated[int, Field(ge=1, le=256)] = 1
     memory_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
+    first_chunk_timeout_s: PositiveFloat = 120
+    silence_timeout_s: Annotated[float, Field(ge=5)] = 10
 
     @model_validator(mode="after")
     def _check_spare(self) -> Self:
@@ -271,12 +276,14 @@ class SimulatedConfig(Section):
         decode_ms: Time of a chunk in the decoder.
         encode_ms: Time of a prompt in the text encoder.
         frame_bytes: Encoded frames are padded to this size.
+        fault_dir: Folder in which tests plant faults (see :mod:`serve.planted`); None looks for none.
     """
 
     chunk_ms: Annotated[float, Field(ge=0)] = 101
     decode_ms: Annotated[float, Field(ge=0)] = 0
     encode_ms: Annotated[float, Field(ge=0)] = 0
     frame_bytes: Annotated[int, Field(ge=0, le=64 << 20)] = 0
+    fault_dir: Path | None = None
 
 
 class ServiceConfig(Section):

@@ -13,10 +13,11 @@ import numpy as np
 
 from causal_forcing.config import SessionConfig
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
+from causal_forcing.resume import AppliedPrompt, StreamPoint, resume_session
 
 from .config import ServiceConfig, WorkerConfig
 from .frames import Pixels
-from .messages import GeneratedChunk, PackedEmbedding, PackedTensor
+from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
 
 if TYPE_CHECKING:
     from causal_forcing.engine import Engine
@@ -53,6 +54,10 @@ class GeneratorEngine(Protocol):
 
     def open(self, config: SessionConfig) -> GeneratorSession:
         """Return a fresh session."""
+        ...
+
+    def resume(self, config: SessionConfig, resume: Resume) -> GeneratorSession:
+        """Return a session that goes on where another generator's was seen last."""
         ...
 
     def warm_up(self) -> None:
@@ -160,6 +165,15 @@ class ModelGenerator:
         """Return a fresh session."""
         return ModelSession(self._engine.new_session(config))
 
+    def resume(self, config: SessionConfig, resume: Resume) -> GeneratorSession:
+        """Return a session that goes on from its last latents."""
+        latents = {start: some.unpack() for start, some in resume.latents}
+        prompts = [
+            AppliedPrompt(shown.chunk, shown.update, unpack_embeddings(shown.embeddings, self._engine))
+            for shown in resume.prompts
+        ]
+        return ModelSession(resume_session(self._engine, config, resume.point, latents, prompts))
+
     def warm_up(self) -> None:
         """Generate two chunks of the native size, a scene's first and a later one."""
         height, width = self._config.allowed_sizes[0]
@@ -179,26 +193,24 @@ class ModelSession:
 
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
         """Set what the next chunk shows."""
-        engine = self._session.engine
-        unpacked = [PromptEmbedding(e.tensor.unpack().to(engine.device, engine.dtype), e.key) for e in embeddings]
-        self._session.update_prompt(update, unpacked)
+        self._session.update_prompt(update, unpack_embeddings(embeddings, self._session.engine))
 
     def start_from(self, latents: PackedTensor) -> GeneratedChunk:
         """Begin with given latents."""
-        return _packed(self._session.start_from(latents.unpack()))
+        return _packed(self._session, self._session.start_from(latents.unpack()))
 
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
         """Return the next chunk on the host, or None if stopped."""
         from causal_forcing.sampler import Stopped
 
         try:
-            return _packed(self._session.generate_chunk(should_stop=should_stop))
+            return _packed(self._session, self._session.generate_chunk(should_stop=should_stop))
         except Stopped:
             return None
 
 
-def _packed(chunk: Chunk) -> GeneratedChunk:
-    """Return an engine's chunk on the host, checked."""
+def _packed(session: Session, chunk: Chunk) -> GeneratedChunk:
+    """Return a session's newest chunk on the host, checked."""
     chunk.require_finite()
     return GeneratedChunk(
         index=chunk.index,
@@ -206,6 +218,7 @@ def _packed(chunk: Chunk) -> GeneratedChunk:
         starts_scene=chunk.starts_scene,
         prompt_id=chunk.prompt_id,
         prompt_applied=chunk.prompt_applied,
+        point=StreamPoint.of(session.state),
     )
 
 
@@ -290,6 +303,11 @@ class ModelText:
     def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
         """Return one embedding per text."""
         return [PackedEmbedding(e.key, PackedTensor.pack(e.embeds)) for e in self._encoder.encode(texts)]
+
+
+def unpack_embeddings(embeddings: Sequence[PackedEmbedding], engine: Engine) -> list[PromptEmbedding]:
+    """Return embeddings on an engine's device."""
+    return [PromptEmbedding(e.tensor.unpack().to(engine.device, engine.dtype), e.key) for e in embeddings]
 
 
 def _use_threads(worker: WorkerConfig) -> None:

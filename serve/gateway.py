@@ -52,6 +52,7 @@ class Gateway:
             text_encoder=text_encoder,
             generator=generator,
             decoder=decoder,
+            generator_silence_s=config.generator.silence_timeout_s,
         )
         LOGGER.info("configuration: %s", config.model_dump_json())
 

@@ -25,6 +25,7 @@ from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory, Ses
 from .admission_actor import connect
 from .config import ServiceConfig
 from .detached import detached
+from .device import StepClock, end_process, run_within
 from .engines import GeneratorEngine, GeneratorSession, load_generator
 from .errors import Unavailable
 from .messages import (
@@ -45,13 +46,17 @@ from .messages import (
 )
 from .pace import Pace
 from .reporter import Reporter
-from .status import failure_of
+from .status import LOGGER, failure_of
 
-POLL_S = 5.0
-"""How long one poll of the mailbox waits."""
+POLL_S = 2.0
+"""How long one poll of the mailbox waits; the next one also says that this process is not frozen."""
 
 DEVICE_FAULTS = (DeviceFault, OutOfMemory, NonFiniteOutput)
 """Errors after which a replica is not to be trusted with another session."""
+
+FAULT_EXIT_S = 10.0
+"""After a device fault Serve stops this replica; if it is still there after this long, its device's thread hangs or
+other sessions hold it, and the process ends itself. Serve starts another one, and the sessions move."""
 
 T = TypeVar("T")
 
@@ -65,6 +70,10 @@ class SessionReporter(Protocol):
 
     async def remove(self, session_id: str) -> None:
         """Report that a session is over."""
+        ...
+
+    async def close(self) -> None:
+        """Report that no session can come here any more."""
         ...
 
 
@@ -156,22 +165,25 @@ class Controls:
 class Lease:
     """One session on this replica."""
 
-    def __init__(self, request: LeaseRequest, engine: GeneratorEngine, worker: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, request: LeaseRequest, engine: GeneratorEngine, worker: ThreadPoolExecutor, first_chunk_s: float = 120.0
+    ) -> None:
         self._request = request
         self._engine = engine
         self._worker = worker
+        self._clock = StepClock(first_chunk_s)
         self._controls = Controls()
         self._pace = Pace(request.frames_per_second, request.lead_s)
-        self._next_chunk = 0
+        self._next_chunk = request.resume.point.chunk_index if request.resume is not None else 0
         self._reader: asyncio.Task[None] | None = None
-        self._job: asyncio.Future[Any] | None = None
-        self.error: Exception | None = None
+        self._job: asyncio.Task[Any] | None = None
+        self.error: BaseException | None = None
 
     async def events(self) -> AsyncGenerator[LeaseEvent]:
         """Yield chunks as credit allows, then how it ended."""
         self._reader = detached(self._read())
         try:
-            session = await self._on_device(lambda: self._engine.open(self._request.config))
+            session = await self._on_device(self._open)
             while (chunk := await self._generate(session)) is not None:
                 yield chunk
         except Exception as error:  # noqa: BLE001  (the device loop: whatever happened, the gateway is told)
@@ -181,12 +193,19 @@ class Lease:
         yield LeaseEnded()
 
     async def close(self) -> None:
-        """Stop, and wait until the device is no longer at work for this session."""
+        """Stop, and wait until the device is no longer at work for this session, or has worked for too long."""
         self._controls.stop.set()
         if self._reader is not None:
             self._reader.cancel()
         if self._job is not None:
             await asyncio.wait([self._job])
+            self.error = self.error or self._job.exception()
+
+    def _open(self) -> GeneratorSession:
+        request = self._request
+        if request.resume is None:
+            return self._engine.open(request.config)
+        return self._engine.resume(request.config, request.resume)
 
     async def _generate(self, session: GeneratorSession) -> GeneratedChunk | None:
         """Return the next chunk, or None when the lease shall end."""
@@ -229,20 +248,22 @@ class Lease:
             return None
         self._next_chunk += 1
         self._pace.count(chunk.frame_count, began_s)
-        return replace(chunk, superseded=superseded, denoise_s=time.perf_counter() - start)
+        denoise_s = time.perf_counter() - start
+        self._clock.took(denoise_s)
+        return replace(chunk, superseded=superseded, denoise_s=denoise_s)
 
     async def _on_device(self, work: Callable[[], T]) -> T:
         """Run work on the device's thread; a cancelled caller leaves, the work goes on."""
-        job = asyncio.get_running_loop().run_in_executor(self._worker, work)
-        self._job = job
-        return await asyncio.shield(job)
+        self._job = detached(run_within(self._worker, work, self._clock.limit_s))
+        result: T = await asyncio.shield(self._job)
+        return result
 
     async def _read(self) -> None:
         """Apply messages from the mailbox until there can be no more."""
         seq = 0
         try:
             while True:
-                entries = await self._request.mailbox.poll.remote(self._request.session_id, seq, POLL_S)
+                entries = await self._request.mailbox.poll.remote(self._request.log_id, seq, POLL_S)
                 for seq, message in entries:  # noqa: B007  (the last one is acknowledged by the next poll)
                     self._controls.apply(message)
         except (RayActorError, SessionStateError):
@@ -257,17 +278,26 @@ class GeneratorService:
     """
 
     def __init__(
-        self, engine: GeneratorEngine, worker: ThreadPoolExecutor, replica_id: str, reporter: SessionReporter
+        self,
+        engine: GeneratorEngine,
+        worker: ThreadPoolExecutor,
+        replica_id: str,
+        reporter: SessionReporter,
+        *,
+        first_chunk_s: float = 120.0,
+        on_fault: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._worker = worker
         self._replica_id = replica_id
         self._reporter = reporter
+        self._first_chunk_s = first_chunk_s
+        self._on_fault = on_fault
         self._fault: str | None = None
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         """Run one session: who serves it, its chunks, how it ended. The call is the lease."""
-        lease = Lease(request, self._engine, self._worker)
+        lease = Lease(request, self._engine, self._worker, self._first_chunk_s)
         await self._reporter.add(request.session_id)
         try:
             yield LeaseStarted(self._replica_id)
@@ -287,12 +317,16 @@ class GeneratorService:
             raise RuntimeError(f"the device is not to be trusted after {self._fault}")
 
     async def _end(self, lease: Lease, session_id: str) -> None:
-        """Free the place; after a device fault it stays taken until Serve has replaced this replica."""
+        """Free the place; after a device fault there are no places until Serve has replaced this replica."""
         await lease.close()
-        if isinstance(lease.error, DEVICE_FAULTS):
+        if isinstance(lease.error, DEVICE_FAULTS) and self._fault is None:
             self._fault = type(lease.error).__name__
-        else:
+            LOGGER.error("this replica is to be replaced after %s", lease.error)
+            self._on_fault()
+        if self._fault is None:
             await self._reporter.remove(session_id)
+        else:
+            await self._reporter.close()
 
 
 class Generator:
@@ -309,7 +343,14 @@ class Generator:
             node_id=ray.get_runtime_context().get_node_id(),
         )
         reporter.start()
-        self._service = GeneratorService(engine, worker, replica_id, reporter)
+        self._service = GeneratorService(
+            engine,
+            worker,
+            replica_id,
+            reporter,
+            first_chunk_s=config.generator.first_chunk_timeout_s,
+            on_fault=lambda: end_process(FAULT_EXIT_S),
+        )
 
     async def lease(self, request: LeaseRequest) -> AsyncIterator[LeaseEvent]:
         """Run one session (see :meth:`GeneratorService.lease`)."""

@@ -9,6 +9,7 @@ milliseconds.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,9 +36,13 @@ class MailboxLog:
 
     Attributes:
         next_seq: Sequence number of the next message; the first is 1.
+        readers: Polls that wait.
+        read_s: When the log was opened or the last poll ended, on the monotonic clock.
     """
 
     next_seq: int = 1
+    readers: int = 0
+    read_s: float = 0.0
     _entries: deque[tuple[int, Control]] = field(default_factory=deque)
 
     def append(self, message: Control) -> int:
@@ -85,7 +90,7 @@ class MailboxRoom:
 
     def open(self, session_id: str) -> None:
         """Create the log of a session."""
-        self._logs[session_id] = MailboxLog()
+        self._logs[session_id] = MailboxLog(read_s=time.monotonic())
         self._news[session_id] = asyncio.Event()
 
     def put(self, session_id: str, message: Control) -> int:
@@ -106,6 +111,7 @@ class MailboxRoom:
         """
         log = self._log(session_id)
         news = self._news[session_id]
+        log.readers += 1
         try:
             async with asyncio.timeout(timeout_s):
                 while not (entries := log.after(after_seq)):
@@ -114,6 +120,9 @@ class MailboxRoom:
                     self._log(session_id)
         except TimeoutError:
             return []
+        finally:
+            log.readers -= 1
+            log.read_s = time.monotonic()
         return entries
 
     def close(self, session_id: str) -> None:
@@ -122,6 +131,11 @@ class MailboxRoom:
         news = self._news.pop(session_id, None)
         if news is not None:
             news.set()
+
+    def unread(self, for_s: float) -> list[str]:
+        """Return the sessions whose log nobody has read, or waited at, for that long: their reader is frozen."""
+        limit_s = time.monotonic() - for_s
+        return [session_id for session_id, log in self._logs.items() if not log.readers and log.read_s < limit_s]
 
     def count(self) -> int:
         """Return the number of open sessions."""
@@ -154,6 +168,9 @@ class _MailboxActor:
 
     async def count(self) -> int:
         return self._room.count()
+
+    async def unread(self, for_s: float) -> list[str]:
+        return self._room.unread(for_s)
 
     async def poll(self, session_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
         return await self._room.poll(session_id, after_seq, timeout_s)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from causal_forcing.config import SessionConfig
 from causal_forcing.geometry import pixel_frames
 from causal_forcing.prompts import PromptUpdate
+from causal_forcing.resume import StreamPoint
 
 from .frames import EncodedFrame, FrameFormat
 from .status import Failure
@@ -69,6 +70,10 @@ class PackedTensor:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.data.nbytes
+
+    def copy(self) -> PackedTensor:
+        """Return a copy in this process's own memory; what was received pins the object store."""
+        return PackedTensor(self.data.copy(), self.dtype)
 
     @staticmethod
     def join_frames(parts: list[PackedTensor]) -> PackedTensor:
@@ -237,6 +242,36 @@ class GeneratorDemand:
 
 
 @dataclass(frozen=True)
+class ShownPrompt:
+    """A prompt update that has taken effect.
+
+    Attributes:
+        chunk: The first chunk made under it.
+        update: The update.
+        embeddings: One per prompt.
+    """
+
+    chunk: int
+    update: PromptUpdate
+    embeddings: tuple[PackedEmbedding, ...]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a generator needs to go on with another one's session (see :mod:`causal_forcing.resume`).
+
+    Attributes:
+        point: Where the session stands.
+        latents: ``[1, 16, F, h, w]`` with the position of its first frame, for every frame in the model's window.
+        prompts: The update in force, and before it those that its transition comes from, oldest first.
+    """
+
+    point: StreamPoint
+    latents: tuple[tuple[int, PackedTensor], ...]
+    prompts: tuple[ShownPrompt, ...]
+
+
+@dataclass(frozen=True)
 class LeaseRequest:
     """Asks a generator for a session; the call's first argument, so that the router sees ``replica_id``.
 
@@ -247,6 +282,8 @@ class LeaseRequest:
         credit_chunks: Chunks it may be ahead of the last ack.
         mailbox: Actor handle of the gateway's mailbox.
         idle_timeout_s: The generator gives up when the gateway leaves it without work for this long.
+        log_id: The log in the mailbox that is meant for this lease.
+        resume: What to go on from; None for a session that has no chunk yet.
         frames_per_second: Pace of the video; None is as fast as possible.
         lead_s: How much earlier than at its time in the video a chunk may be begun.
     """
@@ -257,6 +294,8 @@ class LeaseRequest:
     credit_chunks: int
     mailbox: Any
     idle_timeout_s: float
+    log_id: str
+    resume: Resume | None = None
     frames_per_second: float | None = None
     lead_s: float = 0.0
 
@@ -327,6 +366,7 @@ class GeneratedChunk:
         starts_scene: Whether its first latent frame decodes to one pixel frame with a fresh decoder.
         prompt_id: Of the update in force.
         prompt_applied: Whether it is the first one made under that update.
+        point: Where the session stands after it.
         superseded: Ids of updates that this one replaced before they were applied.
         denoise_s: Time it took.
     """
@@ -336,6 +376,7 @@ class GeneratedChunk:
     starts_scene: bool
     prompt_id: str
     prompt_applied: bool
+    point: StreamPoint
     superseded: tuple[str, ...] = ()
     denoise_s: float = 0.0
 

@@ -47,6 +47,11 @@ class Reporter:
         self._sessions.discard(session_id)
         await self._report()
 
+    async def close(self) -> None:
+        """Report that no session can come here any more; returns when admission knows, or cannot be reached."""
+        self._capacity = 0
+        await self._report()
+
     async def _report(self) -> None:
         reported = asyncio.Event()
         self._waiting.append(reported)

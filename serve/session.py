@@ -202,6 +202,7 @@ class LiveSession:
             credit_chunks=request.credit_chunks,
             mailbox=self._backends.mailbox,
             idle_timeout_s=limits.stall_timeout_s + limits.silence_timeout_s + limits.pause_timeout_s,
+            log_id=self._session_id,
             frames_per_second=request.frames_per_second if request.is_paced else None,
             lead_s=self._service.pacing.lead_s,
         )

@@ -15,10 +15,12 @@ import numpy as np
 from causal_forcing.config import SessionConfig
 from causal_forcing.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
+from causal_forcing.resume import StreamPoint
 
 from .config import ServiceConfig
 from .frames import Pixels
-from .messages import GeneratedChunk, PackedEmbedding, PackedTensor
+from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
+from .planted import strike
 
 STEPS = 4
 """Steps of a chunk; it can be stopped between two."""
@@ -42,6 +44,12 @@ class SimulatedGenerator:
         """Return a fresh session."""
         return SimulatedSession(config, self._config)
 
+    def resume(self, config: SessionConfig, resume: Resume) -> SimulatedSession:
+        """Return a session that counts on."""
+        session = SimulatedSession(config, self._config)
+        session.go_on(resume)
+        return session
+
     def warm_up(self) -> None:
         """Return: there is nothing to warm."""
 
@@ -55,6 +63,8 @@ class SimulatedSession:
         self._step_s = service.simulation.chunk_ms / 1000 / STEPS
         self._index = 0
         self._starts_scene = True
+        self._origin = self._end = 0
+        self._fault_dir = service.simulation.fault_dir
         self._pending: PromptUpdate | None = None
         self._prompt: PromptUpdate | None = None
         self._text_mark = 0
@@ -64,8 +74,16 @@ class SimulatedSession:
         self._pending = update
         self._text_mark = mark(zlib.crc32("".join(e.key for e in embeddings).encode()))
 
+    def go_on(self, resume: Resume) -> None:
+        """Take up another session where it stood."""
+        self.update_prompt(resume.prompts[-1].update, resume.prompts[-1].embeddings)
+        self._prompt, self._pending = self._pending, None
+        self._index, self._starts_scene = resume.point.chunk_index, False
+        self._origin, self._end = resume.point.origin, resume.point.end
+
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
         """Return the next chunk after its time, or None if stopped."""
+        strike(self._fault_dir)
         for _ in range(STEPS):
             if should_stop():
                 return None
@@ -86,9 +104,22 @@ class SimulatedSession:
             self._prompt = applied
             self._starts_scene |= applied.policy is SwitchPolicy.SCENE_CUT
         assert self._prompt is not None
-        chunk = GeneratedChunk(self._index, latents, self._starts_scene, self._prompt.prompt_id, applied is not None)
+        chunk = GeneratedChunk(
+            index=self._index,
+            latents=latents,
+            starts_scene=self._starts_scene,
+            prompt_id=self._prompt.prompt_id,
+            prompt_applied=applied is not None,
+            point=self._advance(latents.frames),
+        )
         self._index, self._starts_scene = self._index + 1, False
         return chunk
+
+    def _advance(self, frames: int) -> StreamPoint:
+        if self._starts_scene:
+            self._origin = self._end
+        self._end += frames
+        return StreamPoint(self._index + 1, 1, self._origin, self._origin + self._config.sink_frames, self._end)
 
 
 class SimulatedDecoder:

@@ -150,9 +150,11 @@ def failure_of(error: BaseException) -> Failure:
         return Failure("INTERNAL", "UNEXPECTED", message, error_id=error_id)
     code = next(code for kind, code in _CODES.items() if isinstance(known, kind))
     reason, metadata = known.reason, dict(known.metadata)
-    if isinstance(known, _DEVICE_FAULTS):
+    is_fault = isinstance(known, _DEVICE_FAULTS)
+    if is_fault:
         reason, metadata["cause"] = "DEVICE_FAULT", known.reason
-    retry = float(metadata.pop("retry_after_s", RETRY_AFTER_S)) if known.retryable else None
+    can_retry = known.retryable or is_fault  # the replica is replaced, so even a lack of memory may be over
+    retry = float(metadata.pop("retry_after_s", RETRY_AFTER_S)) if can_retry else None
     failure = Failure(code.name, reason, known.message, metadata, retry)
     LOGGER.warning("error %s: %s", failure.error_id, failure.details)
     return failure

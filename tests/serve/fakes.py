@@ -13,6 +13,7 @@ import numpy as np
 from causal_forcing.config import SessionConfig
 from causal_forcing.errors import CausalForcingError, InvalidRequest
 from causal_forcing.prompts import PromptUpdate, WeightedPrompt
+from causal_forcing.resume import StreamPoint
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import ServiceConfig, load_config
 from serve.errors import Unavailable
@@ -33,6 +34,7 @@ from serve.messages import (
     PackedEmbedding,
     PackedTensor,
     Place,
+    Resume,
 )
 from serve.session import LiveSession
 from serve.simulated import SimulatedDecoder, SimulatedGenerator, SimulatedText
@@ -242,7 +244,14 @@ def latents(values: Sequence[int], height: int = 2, width: int = 2) -> PackedTen
 
 def chunk(index: int, **fields: Any) -> GeneratedChunk:
     """Return a chunk of one frame."""
-    made = GeneratedChunk(index, latents([index]), starts_scene=index == 0, prompt_id="p", prompt_applied=False)
+    made = GeneratedChunk(
+        index=index,
+        latents=latents([index]),
+        starts_scene=index == 0,
+        prompt_id="p",
+        prompt_applied=False,
+        point=StreamPoint(index + 1, index + 1, 0, 0, index + 1),
+    )
     return replace(made, **fields)
 
 
@@ -268,6 +277,11 @@ class ScriptedEngine:
 
     def open(self, config: SessionConfig) -> ScriptedEngine:
         self.index = 0
+        return self
+
+    def resume(self, config: SessionConfig, resume: Resume) -> ScriptedEngine:
+        self.index = resume.point.chunk_index
+        self.updates.append(resume.prompts[-1].update.prompt_id)
         return self
 
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:

@@ -61,7 +61,7 @@ class Bench:
         self.room.open("s")
         config = simulated().model_preset.session_config(seed=1)
         self.request = LeaseRequest(
-            "g", "s", config, self.credit_chunks, RemoteMailbox(self.room), idle_timeout_s=self.idle_timeout_s
+            "g", "s", config, self.credit_chunks, RemoteMailbox(self.room), self.idle_timeout_s, "s"
         )
         self.worker = ThreadPoolExecutor(1)
         self.lease = Lease(self.request, self.engine, self.worker)
@@ -238,7 +238,7 @@ async def alone_or_together(names: str) -> dict[str, list[bytes]]:
         room = MailboxRoom()
         room.open(name)
         session = config.model_preset.session_config(height=32, width=32, seed=ord(name), window_frames=4)
-        request = LeaseRequest("g", name, session, 2, RemoteMailbox(room), idle_timeout_s=60.0)
+        request = LeaseRequest("g", name, session, 2, RemoteMailbox(room), 60.0, name)
         numbers = np.random.default_rng(ord(name)).standard_normal((2, 1, size.text_len, size.text_dim))
         keys = [f"{name}{index}" for index in range(2)]
         prompts = [
@@ -312,12 +312,16 @@ class Reports:
 
     def __init__(self) -> None:
         self.held: list[str] = []
+        self.is_closed = False
 
     async def add(self, session_id: str) -> None:
         self.held.append(session_id)
 
     async def remove(self, session_id: str) -> None:
         self.held.remove(session_id)
+
+    async def close(self) -> None:
+        self.is_closed = True
 
 
 def service_of(bench: Bench) -> tuple[GeneratorService, Reports]:

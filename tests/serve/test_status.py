@@ -38,7 +38,7 @@ TABLE = [
     (Unavailable("gone", reason="DECODER_LOST"), "UNAVAILABLE", "DECODER_LOST", True),
     (ActorDiedError(), "UNAVAILABLE", "REPLICA_LOST", True),
     (DeviceFault("cuda"), "UNAVAILABLE", "DEVICE_FAULT", True),
-    (OutOfMemory("memory"), "UNAVAILABLE", "DEVICE_FAULT", False),
+    (OutOfMemory("memory"), "UNAVAILABLE", "DEVICE_FAULT", True),
     (NonFiniteOutput("nan"), "UNAVAILABLE", "DEVICE_FAULT", True),
     (BadCheckpoint("damaged"), "INTERNAL", "BAD_CHECKPOINT", False),
     (CausalForcingError("unknown kind"), "INTERNAL", "UNEXPECTED", False),
