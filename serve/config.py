@@ -277,6 +277,7 @@ class SimulatedConfig(Section):
         encode_ms: Time of a prompt in the text encoder.
         frame_bytes: Encoded frames are padded to this size.
         fault_dir: Folder in which tests plant faults (see :mod:`serve.planted`); None looks for none.
+        picture_px: Height and width of the pictures drawn; None for the session's. Small ones take no time to encode.
     """
 
     chunk_ms: Annotated[float, Field(ge=0)] = 101
@@ -284,6 +285,7 @@ class SimulatedConfig(Section):
     encode_ms: Annotated[float, Field(ge=0)] = 0
     frame_bytes: Annotated[int, Field(ge=0, le=64 << 20)] = 0
     fault_dir: Path | None = None
+    picture_px: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
 
 
 class ServiceConfig(Section):

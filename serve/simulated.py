@@ -127,11 +127,12 @@ class SimulatedDecoder:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._sleep_s = config.simulation.decode_ms / 1000 / config.model_preset.chunk_frames
+        self._picture_px = config.simulation.picture_px
         self.min_frame_bytes = config.simulation.frame_bytes
 
     def open(self, height: int, width: int) -> SimulatedStream:
         """Return a fresh stream."""
-        return SimulatedStream(height, width, self._sleep_s)
+        return SimulatedStream(height, width, self._sleep_s, self._picture_px)
 
     def encode_image(self, frame: Pixels) -> PackedTensor:
         """Return latents that carry the frame's mean colour."""
@@ -146,8 +147,9 @@ class SimulatedStream:
 
     nbytes = 1 << 20
 
-    def __init__(self, height: int, width: int, sleep_s: float) -> None:
-        self._shape = (height, width, 3)
+    def __init__(self, height: int, width: int, sleep_s: float, picture_px: int | None = None) -> None:
+        self._latent_rows = height // SPATIAL_STRIDE
+        self._shape = (picture_px or height, picture_px or width, 3)
         self._sleep_s = sleep_s
         self._decoded = 0
 
@@ -157,7 +159,7 @@ class SimulatedStream:
 
     def decode(self, latents: PackedTensor) -> Sequence[Pixels]:
         """Return one flat picture for a scene's first latent frame and four for every other."""
-        assert latents.data.shape[3] * SPATIAL_STRIDE == self._shape[0]
+        assert latents.data.shape[3] == self._latent_rows
         frames: list[Pixels] = []
         for frame in range(latents.frames):
             time.sleep(self._sleep_s)
