@@ -8,11 +8,11 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
-BENCHMARKS := end_to_end dit restore vae gateway_path gateway_stream grant_router
+BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench full-size \
+.PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench bench-serve full-size \
 	readme-numbers constraints clean distclean
 
 help: ## Print this list.
@@ -65,6 +65,14 @@ parity: $(STAMP) ## Compare the engine with golden tensors (GOLDEN=DIR).
 
 bench: $(STAMP) ## Measure everything again (minutes) and fill the README's table.
 	for name in $(BENCHMARKS); do OMP_NUM_THREADS=2 $(PYTHON) benchmarks/$$name.py $(ARGS); done
+	$(MAKE) readme-numbers
+
+bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity, scaling (10 minutes), and fill the table.
+	$(PYTHON) benchmarks/serve_stream.py --engine simulated $(ARGS)
+	$(PYTHON) benchmarks/serve_stream.py --engine tiny $(ARGS)
+	$(PYTHON) benchmarks/serve_scaling.py
+	$(PYTHON) benchmarks/serve_profiles.py
+	$(PYTHON) benchmarks/serve_capacity.py --profile
 	$(MAKE) readme-numbers
 
 full-size: $(STAMP) ## Load and run parts of the real sizes, with random weights (12 GB of disk and memory).

@@ -22,6 +22,7 @@ from serve.local import free_port, local_service
 
 PARTS = {
     "proxy": "ray::ProxyActor",
+    "haproxy": "haproxy -",
     "gateway": "ray::ServeReplica:causal-forcing:Gateway",
     "mailbox": "ray::_MailboxActor",
     "admission": "ray::_AdmissionActor",

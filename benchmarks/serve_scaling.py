@@ -4,9 +4,9 @@
 
 Simulated generators of 101 ms a chunk, none at first and four at most. Measured: the time from a session's request to
 its first chunk when there is no generator at all, when all are taken and one more has to start, and when one is warm; a
-real model adds the time to load its weights, which nothing here stands for. Then eight users on the four generators, who
-come back as soon as their session has ended: how their waits and frame rates compare (Jain's index, 1 is equal), and how
-many were refused.
+real model adds the time to load its weights, which nothing here stands for. Then eight users on the four generators,
+who come back as soon as their session has ended: how their waits and frame rates compare (Jain's index, 1 is equal),
+and how many were refused.
 """
 
 from __future__ import annotations
