@@ -40,6 +40,10 @@ class Limits(Section):
         max_messages_per_s: Messages that a client may send in the long run; twice as many at once.
         max_pending_prompts: Prompts of a session that may wait for their first chunk.
         max_queued_sessions: Sessions that may wait for a generator.
+        move_timeout_s: How long a session that has lost its generator waits for another one, which it gets before
+            everyone who has not begun; then it ends.
+        max_moves_in_a_row: Generators that a session may lose without having made some chunks between; 0 ends it with
+            the first one.
         max_generate_s: Longest video of one GenerateVideo call; what a client that vanishes unseen can cost.
         max_generate_bytes: Most bytes of encoded frames of one GenerateVideo call.
     """
@@ -55,6 +59,8 @@ class Limits(Section):
     max_messages_per_s: PositiveFloat = 100
     max_pending_prompts: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queued_sessions: Annotated[int, Field(ge=0, le=100_000)] = 64
+    move_timeout_s: PositiveFloat = 60
+    max_moves_in_a_row: Annotated[int, Field(ge=0, le=16)] = 3
     max_generate_s: Annotated[float, Field(gt=0, le=600)] = 60
     max_generate_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 32)] = 256 << 20
 
@@ -62,6 +68,8 @@ class Limits(Section):
     def _check(self) -> Self:
         if self.default_credit_chunks > self.max_credit_chunks:
             raise ValueError("default_credit_chunks must not exceed max_credit_chunks")
+        if not self.max_moves_in_a_row and "move_timeout_s" in self.model_fields_set:
+            raise ValueError("move_timeout_s can have no effect with max_moves_in_a_row: 0")
         return self
 
 

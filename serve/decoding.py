@@ -1,52 +1,34 @@
-"""The gateway's side of decoding: which decoder has this session's cache, and the latents to make it anew elsewhere."""
+"""The gateway's side of decoding: which decoder has this session's cache, and how it is made anew elsewhere."""
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 
 from .backends import Backends
 from .errors import Unavailable
 from .frames import FrameFormat
-from .messages import PRIME_FRAMES, CloseDecoder, Decoded, DecodeRequest, GeneratedChunk, PackedTensor
+from .memory import SessionMemory
+from .messages import CloseDecoder, Decoded, DecodeRequest, GeneratedChunk
 
 PRIME_ATTEMPTS = 3
 """How often a cache may get lost between two calls before the session ends."""
 
 
-class LatentHistory:
-    """The last latent frames of a scene: enough to give any decoder exactly the cache it would have."""
-
-    def __init__(self, frames: int = PRIME_FRAMES) -> None:
-        self._frames: deque[PackedTensor] = deque(maxlen=frames)
-
-    def append(self, latents: PackedTensor, *, starts_scene: bool) -> None:
-        """Add a chunk; a new scene forgets the one before. The numbers are copied out of shared memory."""
-        if starts_scene:
-            self._frames.clear()
-        for frame in range(latents.frames):
-            one = latents.frame_slice(frame, frame + 1)
-            self._frames.append(replace(one, data=one.data.copy()))
-
-    def latents(self) -> PackedTensor | None:
-        """Return all frames in order, or None if there is none."""
-        return PackedTensor.join_frames(list(self._frames)) if self._frames else None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory it holds."""
-        return sum(frame.nbytes for frame in self._frames)
-
-
 class DecoderLink:
-    """Decodes one session's chunks in order, wherever its cache is."""
+    """Decodes one session's chunks in order, wherever its cache is.
 
-    def __init__(self, backends: Backends, session_id: str, size: tuple[int, int], frame_format: FrameFormat) -> None:
+    Args:
+        backends: The other processes.
+        session_id: Whose chunks.
+        memory: The session's; it has the latents before each chunk.
+        frame_format: How frames are encoded.
+    """
+
+    def __init__(self, backends: Backends, session_id: str, memory: SessionMemory, frame_format: FrameFormat) -> None:
         self._backends = backends
         self._session_id = session_id
-        self._height, self._width = size
+        self._memory = memory
         self._format = frame_format
-        self._history = LatentHistory()
         self._replica_id = ""
 
     async def decode(
@@ -55,7 +37,7 @@ class DecoderLink:
         """Return the chunk's frames.
 
         Args:
-            chunk: The next one.
+            chunk: The next one, which the memory has.
             first_frame: Number of its first pixel frame in the session.
             encode: False when nobody will see the chunk: only the cache goes on.
             keyframe: Whether its first frame must be decodable by itself.
@@ -69,8 +51,8 @@ class DecoderLink:
             chunk_index=chunk.index,
             latents=chunk.latents,
             starts_scene=chunk.starts_scene,
-            height=self._height,
-            width=self._width,
+            height=self._memory.config.height,
+            width=self._memory.config.width,
             format=self._format,
             first_frame=first_frame,
             encode=encode,
@@ -80,15 +62,9 @@ class DecoderLink:
             answer = await self._backends.decode(request)
             self._replica_id = answer.replica_id
             if answer.frames is not None:
-                self._history.append(chunk.latents, starts_scene=chunk.starts_scene)
                 return answer
-            request = replace(request, replica_id=answer.replica_id, history=self._history.latents())
+            request = replace(request, replica_id=answer.replica_id, history=self._memory.before(chunk))
         raise Unavailable("no decoder keeps this session's cache", reason="DECODER_LOST")
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the latents that are kept."""
-        return self._history.nbytes
 
     async def close(self) -> None:
         """Let the decoder forget the session."""

@@ -35,11 +35,6 @@ class Delivery:
         """Whether another chunk may be sent."""
         return self._request.goal is not None or len(self._unacked) < self._request.credit_chunks
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the session's latents and unsent messages take in this process."""
-        return self._link.nbytes + self._outbox.nbytes
-
     def acked(self, chunk: int) -> None:
         """Note that the client is finished with every chunk up to this one."""
         while self._unacked and self._unacked[0] <= chunk:

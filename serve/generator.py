@@ -297,12 +297,17 @@ class GeneratorService:
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         """Run one session: who serves it, its chunks, how it ended. The call is the lease."""
+        if self._fault is not None:
+            yield LeaseEnded(failure_of(DeviceFault(f"this replica is being replaced after {self._fault}")))
+            return
         lease = Lease(request, self._engine, self._worker, self._first_chunk_s)
         await self._reporter.add(request.session_id)
         try:
             yield LeaseStarted(self._replica_id)
             async with contextlib.aclosing(lease.events()) as events:
                 async for event in events:
+                    if isinstance(event, LeaseEnded):
+                        await self._judge(lease)  # before the gateway asks for another generator
                     yield event
         finally:
             await detached(self._end(lease, request.session_id))
@@ -319,13 +324,16 @@ class GeneratorService:
     async def _end(self, lease: Lease, session_id: str) -> None:
         """Free the place; after a device fault there are no places until Serve has replaced this replica."""
         await lease.close()
+        await self._judge(lease)
+        if self._fault is None:
+            await self._reporter.remove(session_id)
+
+    async def _judge(self, lease: Lease) -> None:
+        """Let no more sessions come after a device fault."""
         if isinstance(lease.error, DEVICE_FAULTS) and self._fault is None:
             self._fault = type(lease.error).__name__
             LOGGER.error("this replica is to be replaced after %s", lease.error)
             self._on_fault()
-        if self._fault is None:
-            await self._reporter.remove(session_id)
-        else:
             await self._reporter.close()
 
 

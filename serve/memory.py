@@ -22,10 +22,13 @@ class SessionMemory:
     Args:
         config: The session's.
         reach_frames: Latent frames that a decoder needs before a chunk.
+
+    Attributes:
+        config: The session's.
     """
 
     def __init__(self, config: SessionConfig, reach_frames: int = PRIME_FRAMES) -> None:
-        self._config = config
+        self.config = config
         self._reach_frames = reach_frames
         self._pieces: list[tuple[int, PackedTensor]] = []
         self._prompts: list[ShownPrompt] = []
@@ -68,7 +71,7 @@ class SessionMemory:
         """Return what another generator needs to go on; None before the first chunk."""
         if self._point is None:
             return None
-        sink, rolling = self._point.held_ranges(self._config)
+        sink, rolling = self._point.held_ranges(self.config)
         held = [
             (start, latents)
             for start, latents in self._pieces
@@ -83,7 +86,7 @@ class SessionMemory:
 
     def _forget_latents(self, chunk_frames: int) -> None:
         assert self._point is not None
-        sink, rolling = self._point.held_ranges(self._config)
+        sink, rolling = self._point.held_ranges(self.config)
         decoder = range(max(self._point.origin, self._point.end - chunk_frames - self._reach_frames), self._point.end)
         self._pieces = [
             (start, latents)

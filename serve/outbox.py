@@ -93,6 +93,12 @@ class Outbox:
         )
         self._send(session_started=started)
 
+    def moved(self, next_chunk: int, reason: str, interruption_s: float) -> None:
+        """Tell that the session goes on with another generator."""
+        moved = pb.SessionMoved(chunk_index=next_chunk, frame_index=self.next_frame, reason=reason)
+        moved.interruption.FromNanoseconds(duration_ns(interruption_s))
+        self._send(session_moved=moved)
+
     def pong(self, ping: pb.Ping) -> None:
         """Answer a ping."""
         self._send(pong=pb.Pong(nonce=ping.nonce))

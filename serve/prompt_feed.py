@@ -11,24 +11,25 @@ from causal_forcing.errors import NoCapacity
 from causal_forcing.prompts import PromptUpdate
 
 from .backends import Backends
-from .messages import EmbeddingWindow, PackedEmbedding
+from .control_line import ControlLine
+from .messages import PackedEmbedding
 
 _Encoded = tuple[list[PackedEmbedding], float]
 """A prompt's embeddings, and the seconds they took."""
 
 
 class PromptFeed:
-    """Turns prompts into embeddings and puts them into the mailbox.
+    """Turns prompts into embeddings and hands them to the generator.
 
     Args:
         backends: The other processes.
-        session_id: Whose prompts.
+        line: Where encoded prompts go.
         limit: Prompts that may wait for their first chunk.
     """
 
-    def __init__(self, backends: Backends, session_id: str, limit: int) -> None:
+    def __init__(self, backends: Backends, line: ControlLine, limit: int) -> None:
         self._backends = backends
-        self._session_id = session_id
+        self._line = line
         self._limit = limit
         self._queue: asyncio.Queue[tuple[PromptUpdate, asyncio.Task[_Encoded]]] = asyncio.Queue()
         self._unapplied = 0
@@ -47,12 +48,11 @@ class PromptFeed:
 
     async def run(self) -> NoReturn:
         """Hand on prompts in order, for ever."""
-        window = EmbeddingWindow()
         while True:
             update, encoding = await self._queue.get()
             embeddings, text_s = await encoding
             self._text_s.append(text_s)
-            await self._backends.put(self._session_id, window.compose(update, embeddings))
+            await self._line.prompt(update, embeddings)
 
     def applied(self, superseded: int) -> float:
         """Note that a prompt shows, and that it replaced others; return the seconds its encoding took."""

@@ -8,6 +8,7 @@ of them to finish decides how the session ends, and `_release` gives everything 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
@@ -18,16 +19,17 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from .backends import Backends
 from .claims import claim
 from .config import ServiceConfig
+from .control_line import ControlLine
 from .decoding import DecoderLink
 from .delivery import Delivery
 from .detached import detached
 from .errors import Unavailable
 from .inputs import Input
+from .memory import SessionMemory
 from .messages import (
     Credit,
     EncodeImage,
     GeneratedChunk,
-    LeaseEnded,
     LeaseEvent,
     LeaseRequest,
     LeaseStarted,
@@ -36,6 +38,7 @@ from .messages import (
     StartFrom,
     Stop,
 )
+from .moves import GeneratorLost, Moves, chunks_of
 from .outbox import Outbox
 from .patience import Patience
 from .prompt_feed import PromptFeed
@@ -61,8 +64,11 @@ class LiveSession:
         self._client = client
         self._outbox = Outbox()
         self._patience = Patience(service.limits)
-        self._feed = PromptFeed(backends, session_id, service.limits.max_pending_prompts)
-        self._is_ending = False
+        self._line = ControlLine(backends, session_id)
+        self._feed = PromptFeed(backends, self._line, service.limits.max_pending_prompts)
+        self._moves = Moves(service.limits)
+        self._memory: SessionMemory | None = None
+        self._is_ending = self._has_generator = False
         self._streaming: asyncio.Task[pb.EndReason] | None = None
         self._link: DecoderLink | None = None
         self._delivery: Delivery | None = None
@@ -70,7 +76,7 @@ class LiveSession:
     @property
     def nbytes(self) -> int:
         """Memory that the session's latents and unsent messages take in this process."""
-        return self._delivery.nbytes if self._delivery is not None else 0
+        return self._outbox.nbytes + (self._memory.nbytes if self._memory is not None else 0)
 
     async def messages(self) -> AsyncGenerator[pb.StreamVideoResponse]:
         """Yield what the client is told; the last message is SessionEnded or Error. Closing it ends the session."""
@@ -102,12 +108,11 @@ class LiveSession:
         """Return why the session ended well, or raise why it did not."""
         request = await self._client.request()
         self._patience = Patience(self._limits, expects_messages=request.goal is None)
-        await self._backends.open_mailbox(self._session_id)
-        size = (request.config.height, request.config.width)
-        self._link = DecoderLink(self._backends, self._session_id, size, request.format)
+        self._memory = SessionMemory(request.config)
+        self._link = DecoderLink(self._backends, self._session_id, self._memory, request.format)
         self._delivery = Delivery(request, self._link, self._feed, self._outbox)
         self._feed.submit(request.prompt)
-        self._streaming = asyncio.create_task(self._stream(request, self._delivery))
+        self._streaming = asyncio.create_task(self._stream(request, self._delivery, self._memory))
         work = (self._read(request, self._delivery), self._hand_on(request), self._watch())
         helpers = [asyncio.create_task(coroutine) for coroutine in work]
         try:
@@ -132,15 +137,15 @@ class LiveSession:
                 delivery.acked(event.acked_chunk)
                 self._patience.credit(left=delivery.has_credit)
                 if not request.gives_itself_credit:
-                    await self._put(event)
+                    await self._line.put(event)
             case pb.Ping():
                 self._outbox.pong(event)
             case pb.Pause():
                 self._patience.pause()
-                await self._put(SetPaused(True))
+                await self._line.put(SetPaused(True))
             case pb.Resume():
                 self._patience.resume()
-                await self._put(SetPaused(False))
+                await self._line.put(SetPaused(False))
             case pb.RequestKeyframe():
                 delivery.request_keyframe()
 
@@ -148,52 +153,88 @@ class LiveSession:
         """Have the start image and the prompts encoded, and hand them to the generator."""
         if request.start_image:
             image = EncodeImage(request.start_image, request.config.height, request.config.width)
-            await self._put(StartFrom(await self._backends.encode_image(image)))
+            await self._line.put(StartFrom(await self._backends.encode_image(image)))
         await self._feed.run()
 
-    async def _stream(self, request: SessionRequest, delivery: Delivery) -> pb.EndReason:
-        """Wait for a generator and send its chunks until it stops."""
-        lease, replica_id = await self._obtain_lease(request)
+    async def _stream(self, request: SessionRequest, delivery: Delivery, memory: SessionMemory) -> pb.EndReason:
+        """Have generators make the session's chunks, one after another, until one of them ends it as asked."""
+        while True:
+            lease, replica_id = await self._obtain_lease(request, memory)
+            self._has_generator = True
+            try:
+                self._tell_of_generator(request, memory)
+                async with contextlib.aclosing(chunks_of(lease)) as chunks:
+                    async for chunk in chunks:
+                        if not (self._is_ending or delivery.is_complete):
+                            self._commit(chunk, memory)
+                            await self._deliver(chunk, request, delivery)
+            except GeneratorLost as lost:
+                if not (self._is_ending or delivery.is_complete):
+                    await self._move(lost, replica_id, memory)
+                    continue
+            finally:
+                self._has_generator = False
+                await lease.aclose()
+            return pb.END_REASON_COMPLETE if delivery.is_complete else pb.END_REASON_CLIENT
+
+    async def _move(self, lost: GeneratorLost, replica_id: str, memory: SessionMemory) -> None:
+        """Give up a generator and ask for another one; raises if the session ends instead."""
         try:
-            self._patience.started()
-            self._outbox.started(self._session_id, request, self._service)
-            async for event in lease:
-                match event:
-                    case GeneratedChunk() if not (self._is_ending or delivery.is_complete):
-                        await self._deliver(event, request, delivery)
-                    case LeaseEnded(None):
-                        return pb.END_REASON_COMPLETE if delivery.is_complete else pb.END_REASON_CLIENT
-                    case LeaseEnded(failure) if failure is not None:
-                        raise FailedElsewhere(failure)
-            raise Unavailable("the generator ended without a word")
-        except Unavailable:
+            self._moves.begin(lost, memory.next_chunk)
+        except FailedElsewhere:
             await self._backends.retire(replica_id)
             raise
-        finally:
-            await lease.aclose()
+        await self._backends.requeue(self._session_id, replica_id)
 
-    async def _obtain_lease(self, request: SessionRequest) -> tuple[AsyncGenerator[LeaseEvent], str]:
+    def _tell_of_generator(self, request: SessionRequest, memory: SessionMemory) -> None:
+        moved = self._moves.end()
+        if moved is not None:
+            self._outbox.moved(memory.next_chunk, *moved)
+        else:
+            self._patience.started()
+            self._outbox.started(self._session_id, request, self._service)
+
+    def _commit(self, chunk: GeneratedChunk, memory: SessionMemory) -> None:
+        """Make a chunk part of the session, wherever that goes on from here."""
+        if chunk.prompt_applied:
+            memory.show(chunk.index, *self._line.shown(len(chunk.superseded)))
+        memory.commit(chunk)
+
+    async def _obtain_lease(
+        self, request: SessionRequest, memory: SessionMemory
+    ) -> tuple[AsyncGenerator[LeaseEvent], str]:
         """Return a lease that has begun, and the replica that it runs on."""
+        try:
+            async with asyncio.timeout(self._moves.wait_s) as limit:
+                return await self._wait_for_lease(request, memory)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._moves.give_up() from None
+
+    async def _wait_for_lease(
+        self, request: SessionRequest, memory: SessionMemory
+    ) -> tuple[AsyncGenerator[LeaseEvent], str]:
         waiting_since = time.monotonic()
-        async for place in self._backends.places(claim(self._session_id, request, Share(), self._service)):
-            if not place.replica_id or not self._outbox.sent:
-                self._outbox.place(place, time.monotonic() - waiting_since)
-            if not place.replica_id:
-                continue
-            lease = self._backends.lease(self._lease_request(request, place.replica_id))
-            try:
-                async with asyncio.timeout(LEASE_S):
-                    began = await anext(lease)
-            except (TimeoutError, Unavailable) as error:
-                await lease.aclose()
-                await self._backends.refuse(self._session_id, place.replica_id, gone=isinstance(error, Unavailable))
-                continue
-            assert isinstance(began, LeaseStarted)
-            await self._backends.confirm(self._session_id, began.replica_id)
-            return lease, began.replica_id
+        wanted = claim(self._session_id, request, Share(), self._service)
+        async with contextlib.aclosing(self._backends.places(wanted)) as places:
+            async for place in places:
+                if not place.replica_id or not self._outbox.sent:
+                    self._outbox.place(place, time.monotonic() - waiting_since)
+                if not place.replica_id:
+                    continue
+                log_id = await self._line.open()
+                lease = self._backends.lease(self._lease_request(request, place.replica_id, log_id, memory))
+                began = await _begin(lease)
+                if isinstance(began, LeaseStarted):
+                    await self._backends.confirm(self._session_id, began.replica_id)
+                    return lease, began.replica_id
+                await self._backends.refuse(self._session_id, place.replica_id, gone=began is not None)
         raise Unavailable("admission let the session go", reason="ADMISSION_LOST")
 
-    def _lease_request(self, request: SessionRequest, replica_id: str) -> LeaseRequest:
+    def _lease_request(
+        self, request: SessionRequest, replica_id: str, log_id: str, memory: SessionMemory
+    ) -> LeaseRequest:
         limits = self._limits
         return LeaseRequest(
             replica_id=replica_id,
@@ -202,7 +243,8 @@ class LiveSession:
             credit_chunks=request.credit_chunks,
             mailbox=self._backends.mailbox,
             idle_timeout_s=limits.stall_timeout_s + limits.silence_timeout_s + limits.pause_timeout_s,
-            log_id=self._session_id,
+            log_id=log_id,
+            resume=memory.resume(),
             frames_per_second=request.frames_per_second if request.is_paced else None,
             lead_s=self._service.pacing.lead_s,
         )
@@ -216,9 +258,9 @@ class LiveSession:
         self._patience.made_chunk()
         self._patience.credit(left=delivery.has_credit)
         if delivery.is_complete:
-            await self._put(Stop())
+            await self._line.put(Stop())
         elif request.gives_itself_credit:
-            await self._put(Credit(chunk.index))
+            await self._line.put(Credit(chunk.index))
 
     async def _watch(self) -> pb.EndReason:
         """Return when the session has lasted long enough; raise when its client has gone or does not keep up."""
@@ -229,24 +271,21 @@ class LiveSession:
             await self._patience.watch()
         return reason
 
-    async def _put(self, message: Credit | SetPaused | StartFrom | Stop) -> None:
-        await self._backends.put(self._session_id, message)
-
     async def _release(self) -> None:
         """Give everything back: the generator, the place in the queue, the decoder's cache, the mailbox."""
         if self._streaming is not None:
-            if self._patience.started_s is not None and not self._streaming.done():
+            if self._has_generator:
                 await self._stop_generator(self._streaming)
             await _cancel_all([self._streaming])
             await self._backends.leave(self._session_id)
-            await self._backends.close_mailbox(self._session_id)
+            await self._line.close()
         if self._link is not None:
             await self._link.close()
 
     async def _stop_generator(self, streaming: asyncio.Task[pb.EndReason]) -> None:
         """Tell the generator to stop, and wait until it has; a cancel alone is sometimes lost."""
         try:
-            await self._put(Stop())
+            await self._line.put(Stop())
         except Unavailable:
             return  # its mailbox is gone, which it notices by itself
         await asyncio.wait([streaming], timeout=STOP_S)
@@ -256,3 +295,22 @@ async def _cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until they have ended, whatever they end with."""
     cancelled = [task for task in tasks if task.cancel() or task.done()]
     await asyncio.gather(*cancelled, return_exceptions=True)
+
+
+async def _begin(lease: AsyncGenerator[LeaseEvent]) -> LeaseEvent | Unavailable | None:
+    """Return a lease's first event, or why there is none: its generator is gone, or None if it takes too long.
+
+    Unless the lease has started, it is closed.
+    """
+    began: LeaseEvent | Unavailable | None = None
+    try:
+        async with asyncio.timeout(LEASE_S):
+            began = await anext(lease)
+    except TimeoutError:
+        pass
+    except Unavailable as error:
+        began = error
+    finally:
+        if not isinstance(began, LeaseStarted):
+            await lease.aclose()
+    return began

@@ -20,6 +20,7 @@ from .events import (
     Ended,
     Event,
     Frame,
+    Moved,
     PromptApplied,
     Queued,
     Started,
@@ -185,6 +186,9 @@ class AsyncVideoSession:
                 applied = message.prompt_applied
                 superseded = tuple(applied.superseded_prompt_ids)
                 return PromptApplied(applied.prompt_id, applied.chunk_index, applied.frame_index, superseded)
+            case "session_moved":
+                moved = message.session_moved
+                return Moved(moved.chunk_index, moved.frame_index, moved.reason, seconds(moved.interruption))
             case "session_ended":
                 ended = message.session_ended
                 reason = pb.EndReason.Name(ended.reason).removeprefix("END_REASON_")

@@ -212,7 +212,24 @@ class Ended:
     duration_s: float
 
 
-Event = Queued | Started | PromptApplied | Frame | Ended
+@dataclass(frozen=True)
+class Moved:
+    """The session lost its generator and goes on with another one; close to what it would have been, not equal.
+
+    Attributes:
+        chunk_index: The first chunk made there.
+        frame_index: Its first frame.
+        reason: Why, e.g. ``GENERATOR_LOST`` or ``DEVICE_FAULT``.
+        interruption_s: From the loss to the new generator's beginning.
+    """
+
+    chunk_index: int
+    frame_index: int
+    reason: str
+    interruption_s: float
+
+
+Event = Queued | Started | PromptApplied | Frame | Moved | Ended
 """What a session yields."""
 
 

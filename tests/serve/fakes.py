@@ -115,6 +115,7 @@ class FakeBackends:
         places_script: What admission says, in order; the last one grants.
         lease_failures: Errors that the next leases raise instead of beginning.
         decode_failures: Errors that the next decode calls raise.
+        losses: After how many chunks the next leases' generators die.
         events: What was called, in order.
         encode_gate: Until it is set, no prompt is encoded.
         leave_gate: Until it is set, admission does not answer that a session has left.
@@ -125,6 +126,7 @@ class FakeBackends:
     places_script: list[Place] = field(default_factory=lambda: [Place(0, None, REPLICA)])
     lease_failures: list[Exception] = field(default_factory=list)
     decode_failures: list[Exception] = field(default_factory=list)
+    losses: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     room: MailboxRoom = field(default_factory=MailboxRoom)
     running: int = 0
@@ -158,7 +160,6 @@ class FakeBackends:
 
     async def requeue(self, session_id: str, replica_id: str) -> None:
         self.events.append(f"requeue {replica_id}")
-        self._places.put_nowait(Place(0, None, REPLICA))
 
     async def leave(self, session_id: str) -> None:
         self.leaving.set()
@@ -171,9 +172,13 @@ class FakeBackends:
             raise self.lease_failures.pop(0)
         lease = Lease(request, self._engine, self._worker)
         self.running += 1
+        left = self.losses.pop(0) if self.losses else -1
         try:
             yield LeaseStarted(request.replica_id)
             async for event in lease.events():
+                if not left:
+                    raise Unavailable("the generator of this session died")
+                left -= 1
                 yield event
         finally:
             await lease.close()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serve.decoding import DecoderLink, LatentHistory
+from serve.decoding import DecoderLink
 from serve.errors import Unavailable
 from serve.frames import EncodedFrame, FrameFormat
-from serve.messages import CloseDecoder, Decoded, DecodeRequest
-from tests.serve.fakes import chunk, latents
+from serve.memory import SessionMemory
+from serve.messages import CloseDecoder, Decoded, DecodeRequest, GeneratedChunk
+from tests.serve.fakes import chunk, latents, simulated
 
 
 class ScriptedDecoder:
@@ -29,32 +30,22 @@ class ScriptedDecoder:
         self.closed.append(request.replica_id)
 
 
-def link(decoder: ScriptedDecoder) -> DecoderLink:
-    return DecoderLink(decoder, "s", (16, 16), FrameFormat())  # type: ignore[arg-type]
+class Session:
+    """Commits chunks and has them decoded, as a gateway's session does."""
+
+    def __init__(self, decoder: ScriptedDecoder) -> None:
+        config = simulated().model_preset.session_config(height=16, width=16)
+        self._memory = SessionMemory(config)
+        self._link = DecoderLink(decoder, "s", self._memory, FrameFormat())  # type: ignore[arg-type]
+        self.close = self._link.close
+
+    async def decode(self, made: GeneratedChunk) -> None:
+        self._memory.commit(made)
+        await self._link.decode(made)
 
 
-def test_the_history_keeps_the_last_frames_of_the_scene() -> None:
-    history = LatentHistory(frames=3)
-    assert history.latents() is None
-    history.append(latents([1, 2]), starts_scene=True)
-    history.append(latents([3, 4]), starts_scene=False)
-    kept = history.latents()
-    assert kept is not None
-    assert list(kept.data[0, 0, :, 0, 0]) == [2, 3, 4]
-    history.append(latents([9]), starts_scene=True)
-    kept = history.latents()
-    assert kept is not None
-    assert list(kept.data[0, 0, :, 0, 0]) == [9]
-
-
-def test_the_history_does_not_hold_on_to_what_it_was_given() -> None:
-    given = latents([1])
-    history = LatentHistory()
-    history.append(given, starts_scene=True)
-    given.data[:] = 7
-    kept = history.latents()
-    assert kept is not None
-    assert kept.data[0, 0, 0, 0, 0] == 1
+def link(decoder: ScriptedDecoder) -> Session:
+    return Session(decoder)
 
 
 async def test_a_session_stays_at_its_decoder() -> None:

@@ -15,6 +15,7 @@ from serve.client import (
     Ended,
     Event,
     Frame,
+    Moved,
     PromptApplied,
     Queued,
     Started,
@@ -53,6 +54,25 @@ async def test_a_session_with_a_prompt_switch() -> None:
     assert ended.reason == "CLIENT"
     assert frames[0].pixels().shape == (64, 64, 3)
     assert frames[5].pixels()[0, 0, 0] == mark(3) % 256
+    assert backends.is_clean
+
+
+async def test_a_move_to_another_generator_is_an_event_between_frames() -> None:
+    backends, events = FakeBackends(losses=[3]), list[Event]()
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox")) as session,
+    ):
+        async for event in session:
+            events.append(event)
+            if isinstance(event, Frame) and event.last_in_chunk and event.chunk_index == 5:
+                await session.end()
+    moved = next(event for event in events if isinstance(event, Moved))
+    assert (moved.chunk_index, moved.frame_index, moved.reason) == (3, 9, "GENERATOR_LOST")
+    after = events[events.index(moved) + 1]
+    assert isinstance(after, Frame)
+    assert (after.chunk_index, after.frame_index) == (3, 9)
     assert backends.is_clean
 
 

@@ -16,7 +16,7 @@ from causal_forcing.media import to_frames
 from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
-from serve.client import Ended, Event, Frame, PromptApplied, Queued, Started, VideoServiceError
+from serve.client import Ended, Event, Frame, Moved, PromptApplied, Queued, Started, VideoServiceError
 from serve.frames import Pixels
 from tests.serve.cluster.conftest import PATIENCE_S, SIZE, Cluster, collect
 
@@ -179,14 +179,28 @@ async def test_a_decoder_that_dies_does_not_show(cluster: Cluster) -> None:
     await cluster.until_free()
 
 
-async def test_a_generator_that_dies_is_told_and_replaced(cluster: Cluster) -> None:
-    async with cluster.session() as session:
-        await first_frame(session.__anext__)
-        cluster.kill("Generator")
-        with pytest.raises(VideoServiceError) as caught:
-            await collect(session, 1 << 30)
-    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "GENERATOR_LOST")
-    assert caught.value.retry_after_s is not None
+async def test_a_session_outlives_its_generator(cluster: Cluster) -> None:
+    events: list[Event] = []
+    async with asyncio.timeout(2 * PATIENCE_S), cluster.session(FOX, seed=SEED) as session:
+        async for event in session:
+            events.append(event)
+            if isinstance(event, Frame) and event.last_in_chunk:
+                if event.chunk_index == 3:
+                    cluster.kill("Generator")
+                if event.chunk_index == 5:
+                    await session.update_prompt(SNOW)
+                if event.prompt_id == "second":
+                    await session.end()
+    assert isinstance(events[-1], Ended)
+    assert [event.reason for event in events if isinstance(event, Moved)] == ["GENERATOR_LOST"]
+    frames = [event for event in events if isinstance(event, Frame)]
+    assert [frame.frame_index for frame in frames] == list(range(len(frames)))
+    moved = next(index for index, event in enumerate(events) if isinstance(event, Moved))
+    before: dict[int, list[Pixels]] = {}
+    for event in events[:moved]:
+        if isinstance(event, Frame):
+            before.setdefault(event.chunk_index, []).append(event.pixels())
+    assert same(before, in_process(None, len(before)))
     await cluster.serves()
 
 
