@@ -12,7 +12,8 @@ BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup demo serve test test-fast lint type format check protos protos-breaking parity bench bench-serve full-size \
+.PHONY: help setup demo serve test test-fast lint type format check manifests protos protos-breaking parity bench \
+	bench-serve full-size \
 	readme-numbers constraints clean distclean
 
 help: ## Print this list.
@@ -43,6 +44,7 @@ lint: $(STAMP) ## Check style: ruff, formatting, protos.
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	if [ -f protos/buf.yaml ]; then $(VENV)/bin/buf lint protos; fi
+	$(VENV)/bin/hadolint k8s/Dockerfile
 
 type: $(STAMP) ## Check types: mypy --strict on the packages.
 	$(PYTHON) -m mypy
@@ -52,6 +54,10 @@ format: $(STAMP) ## Rewrite the code in our style.
 	$(PYTHON) -m ruff format .
 
 check: lint type test ## All that has to pass before a change is merged.
+
+manifests: $(STAMP) ## Generate the Kubernetes manifests of k8s/overlays again.
+	for folder in k8s/overlays/cpu-demo k8s/overlays/gpu; do \
+		$(VENV)/bin/causal-forcing config kuberay $$folder/service.yaml $$folder/cluster.yaml --output $$folder; done
 
 protos: $(STAMP) ## Generate the Python code of protos/ again.
 	$(PYTHON) -m grpc_tools.protoc --proto_path=. --proto_path=protos/third_party \

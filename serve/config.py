@@ -6,7 +6,7 @@ Every option has an effect; one that could not have any in the given combination
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Replicas = Annotated[int, Field(ge=1, le=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Limits(Section):
@@ -249,7 +252,7 @@ class VaeDecoderConfig(WorkerConfig):
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
 
 
-Pool = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]
+PoolName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]
 """Name of a kind of node."""
 
 
@@ -265,10 +268,10 @@ class Placement(Section):
         vae_decoder: Pool of the VAE decoders.
     """
 
-    gateway: Pool | None = None
-    text_encoder: Pool | None = None
-    generator: Pool | None = None
-    vae_decoder: Pool | None = None
+    gateway: PoolName | None = None
+    text_encoder: PoolName | None = None
+    generator: PoolName | None = None
+    vae_decoder: PoolName | None = None
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -419,6 +422,15 @@ def load_config(path: str | Path | None = None, **overrides: object) -> ServiceC
     Raises:
         InvalidRequest: The file cannot be read, or a value is not allowed; the first problem is named by its path.
     """
+    return load_section(ServiceConfig, path, **overrides)
+
+
+def load_section(model: type[AnySection], path: str | Path | None = None, **overrides: object) -> AnySection:
+    """Return a YAML file as a configuration of some kind, with some top-level fields replaced.
+
+    Raises:
+        InvalidRequest: As :func:`load_config` does.
+    """
     values: object = {}
     if path is not None:
         try:
@@ -428,7 +440,7 @@ def load_config(path: str | Path | None = None, **overrides: object) -> ServiceC
     if not isinstance(values, dict):
         raise InvalidRequest("config", str(path), "must hold a mapping of option names")
     try:
-        return ServiceConfig.model_validate(values | overrides)
+        return model.model_validate(values | overrides)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "config"

@@ -46,7 +46,7 @@ def serve_config(config: ServiceConfig) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": config.model_dump(mode="json", exclude_unset=True),
-                "deployments": deployments(config),
+                "deployments": [_shown(schema) for schema in deployments(config)],
             }
         ],
     }
@@ -57,12 +57,21 @@ def deployments(config: ServiceConfig) -> list[dict[str, Any]]:
     from ray.serve._private.build_app import build_app  # as `serve build` does
     from ray.serve.deployment import deployment_to_schema
 
-    built = build_app(build(config), name=APP_NAME)
-    schemas = [
-        deployment_to_schema(deployment).model_dump(mode="json", exclude_unset=True) for deployment in built.deployments
-    ]
-    shown = [{name: schema[name] for name in SHOWN if name in schema} for schema in schemas]
-    return sorted(shown, key=lambda schema: str(schema["name"]))
+    built = build_app(build(config), name=APP_NAME).deployments
+    schemas = [deployment_to_schema(deployment).model_dump(mode="json", exclude_unset=True) for deployment in built]
+    return sorted(schemas, key=lambda schema: str(schema["name"]))
+
+
+def _shown(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file repeats of a deployment; a scaling policy of our own is left to the code.
+
+    Such a policy names the admission actor, which belongs to one version of the code; Serve would take a stale name
+    from the file, and replaces the whole `autoscaling_config` by what it finds there.
+    """
+    shown = {name: schema[name] for name in SHOWN if name in schema}
+    if "policy" in (shown.get("autoscaling_config") or {}):
+        del shown["autoscaling_config"]
+    return shown
 
 
 def to_yaml(values: object) -> str:

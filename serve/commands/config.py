@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from serve.config import ServiceConfig, load_config
+from serve.config import ServiceConfig, load_config, load_section
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=summary, description=summary)
         action.add_argument("file", type=Path, help="YAML file of the service")
+    summary = "write KubeRay's manifests"
+    kuberay = actions.add_parser("kuberay", help=summary, description=summary)
+    kuberay.add_argument("file", type=Path, help="YAML file of the service")
+    kuberay.add_argument("cluster", type=Path, help="YAML file of the machines")
+    kuberay.add_argument("--output", "-o", type=Path, default=Path(), metavar="DIR", help="where to (default: here)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         InvalidRequest: If the file cannot be read, or a value in it is not allowed.
     """
     config = load_config(args.file)
+    if args.action == "kuberay":
+        return _write_manifests(config, args.cluster, args.output)
     print({"check": _check, "show": _show, "serve": _serve}[args.action](config))
     return 0
 
@@ -46,3 +53,12 @@ def _serve(config: ServiceConfig) -> str:
     from serve.serve_config import serve_config, to_yaml
 
     return to_yaml(serve_config(config)).rstrip()
+
+
+def _write_manifests(config: ServiceConfig, cluster: Path, output: Path) -> int:
+    from serve.kuberay import ClusterConfig, manifests
+
+    for name, text in manifests(config, load_section(ClusterConfig, cluster)).items():
+        (output / name).write_text(text)
+        print(f"wrote {output / name}")
+    return 0
