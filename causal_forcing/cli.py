@@ -56,6 +56,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "config": Command(
             "serve.commands.config", "check or show a service's configuration, or make a cluster's of it"
         ),
+        "drain": Command(
+            "serve.commands.drain", "take this machine out of its cluster; its sessions end by themselves"
+        ),
         "generate": Command("causal_forcing.commands.generate", "generate a video in this process"),
         "download": Command("causal_forcing.commands.download", "fetch the weights of a preset"),
         "convert": Command("causal_forcing.commands.convert", "rewrite a checkpoint as safetensors"),

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from serve.config import ServiceConfig, load_config, load_section
-from serve.kuberay import ClusterConfig, drain_seconds, manifests
+from serve.kuberay import REPLACE_S, ClusterConfig, drain_seconds, manifests
 from serve.serve_config import serve_config
 from tests.k8s.conftest import OVERLAYS, ROOT, of_kind, rendered
 
@@ -37,5 +37,5 @@ def test_serve_gets_our_configuration_and_every_grace_time_follows_from_it(overl
     for group in spec["rayClusterConfig"]["workerGroupSpecs"]:
         pod = group["template"]["spec"]
         (leave,) = [c["lifecycle"]["preStop"]["exec"]["command"][-1] for c in pod["containers"]]
-        assert f"drain --timeout {drain_s};" in leave
-        assert pod["terminationGracePeriodSeconds"] > drain_s
+        assert f"drain --timeout {drain_s + REPLACE_S};" in leave
+        assert pod["terminationGracePeriodSeconds"] > drain_s + REPLACE_S
