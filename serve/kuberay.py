@@ -16,7 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from causal_forcing.errors import InvalidRequest
 
 from .app import DRAIN_MARGIN_S, pool_resource
-from .config import PoolName, Section, ServiceConfig
+from .config import PoolName, ServiceConfig
 from .packing import Amount, Replicas, full_nodes, nodes_needed
 from .pods import (
     METRICS_PORT,
@@ -28,6 +28,7 @@ from .pods import (
     job,
     pod_template,
 )
+from .section import Section
 from .serve_config import deployments, serve_config, to_yaml
 from .sizing import GIB, Footprint, decode_tflops, footprints
 
@@ -241,8 +242,8 @@ def _replicas(deployment: Mapping[str, Any]) -> Replicas:
 
 
 def _check_service(config: ServiceConfig, cluster: ClusterConfig) -> None:
-    if config.peers == "loopback":
-        reason = "would refuse every caller of a cluster; `any` is for a service behind a front that authenticates"
+    if not config.serves_any_peer:
+        reason = "would refuse every caller of a cluster: give an `identity`, or say `any` behind a front that has one"
         raise InvalidRequest("peers", config.peers, reason)
     has_files = config.engine == "model" and not config.model_preset.embedded
     if has_files and cluster.weights is None:

@@ -93,7 +93,13 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("cpu-demo", {"weights": {}}, {}, "weights", "needs no files"),
     ("cpu-demo", {}, {"vae_decoder": {"num_cpus": 2}}, "pools.codec", "must hold a VaeDecoder of 2 CPUs"),
     ("gpu", {"weights": None}, {}, "weights", "causal-forcing-framewise"),
-    ("gpu", codec(gpus=0, gpu_memory_gib=None, gpu_tflops=None), {}, "pools.codec", "TextEncoder of 1 CPUs and 0.2 GPUs"),
+    (
+        "gpu",
+        codec(gpus=0, gpu_memory_gib=None, gpu_tflops=None),
+        {},
+        "pools.codec",
+        "TextEncoder of 1 CPUs and 0.2 GPUs",
+    ),
     ("gpu", codec(gpu_memory_gib=20), {}, "pools.codec.gpu_memory_gib", "must be at least 21.5"),
     ("gpu", codec(gpu_tflops=60), {}, "pools.codec.gpu_tflops", "8 viewers at 51.7 TFLOP/s each (wan)"),
 ]
