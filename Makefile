@@ -12,7 +12,7 @@ BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup demo serve test test-fast lint type format check manifests protos protos-breaking parity bench \
+.PHONY: gpu-check help setup demo serve test test-fast lint type format check manifests protos protos-breaking parity bench \
 	bench-serve full-size \
 	readme-numbers constraints clean distclean
 
@@ -83,6 +83,9 @@ bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity
 
 full-size: $(STAMP) ## Load and run parts of the real sizes, with random weights (12 GB of disk and memory).
 	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/full_size.py $(ARGS)
+
+gpu-check: $(STAMP) ## Check parity, waits, copies, memory and speed on this machine's GPU; writes a report.
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 readme-numbers: $(STAMP) ## Fill the README's table from benchmarks/results.
 	$(PYTHON) benchmarks/readme.py

@@ -23,6 +23,7 @@ from causal_forcing.rope import RotaryEmbedding
 from causal_forcing.sampler import Schedule, denoise
 from causal_forcing.snapshot import Snapshot
 from causal_forcing.state import SessionState, split_passes
+from causal_forcing.transfer import upload
 from causal_forcing.transformer import ChunkContext
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ class Session:
     def _noise_for(self, frames: int) -> Callable[[int], Tensor]:
         shape, chunk = self.config.geometry.latent_shape(frames), self.state.chunk_index
         device, dtype = self.engine.device, self.engine.dtype
-        return lambda draw: self._noise(chunk, draw, shape).to(device, dtype, non_blocking=True)
+        return lambda draw: upload(self._noise(chunk, draw, shape), device, dtype)
 
     def _write_context(self, latents: Tensor, context: ChunkContext) -> None:
         self.engine.transformer.write_context(latents, self._schedule.context, context)

@@ -24,6 +24,7 @@ from causal_forcing.config import TransformerConfig
 from causal_forcing.geometry import LATENT_CHANNELS, PATCH
 from causal_forcing.kv_cache import CachePlan, KeyValueCache, LayerMemory
 from causal_forcing.rope import Rotation, rotate
+from causal_forcing.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ class CausalTransformer(nn.Module):
         Args:
             embeds: ``[1, text_len, text_dim]``; padding rows are zero, and are attended to like any other.
         """
-        context = self.text_embedding(embeds.to(self.device, self.dtype, non_blocking=True))
+        context = self.text_embedding(upload(embeds, self.device, self.dtype))
         keys = tuple(block.cross_attn.keys(context).transpose(1, 2).contiguous() for block in self.layers)
         values = tuple(block.cross_attn.values(context).transpose(1, 2).contiguous() for block in self.layers)
         return TextMemory(keys, values)

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from causal_forcing.commands import request as request_options
+from causal_forcing.commands.devices import DTYPES, choose_device
 from causal_forcing.commands.request import GenerateRequest, read_request
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest, SessionStateError
@@ -29,9 +30,6 @@ from causal_forcing.script import ScheduledPrompt, schedule
 from causal_forcing.session import Chunk, Session
 from causal_forcing.weights import LoraFile
 from causal_forcing.weights.quantise import QUANTISATIONS
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What a model can compute in."""
 
 UNTRAINED = "preset {} has random weights: it has not been trained, and the video shows noise, not the prompt"
 
@@ -57,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate the video and print how fast that was; return 0, or 130 if it was interrupted."""
     request = read_request(args)
-    device = _choose_device(args.device)
+    device = choose_device(args.device)
     loras = [_parse_lora(text) for text in args.lora or ()]
     with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
         if not request.preset.trained:
@@ -230,20 +228,6 @@ def _given_pixels(
         latents = max(1, min(cache_frames, request.preset.window_frames) - chunk_frames)
         return read_video(request.video, geometry, max_frames=pixel_frames(latents, first=True))
     return None
-
-
-def _choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InvalidRequest("device", name, "must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest("device", name, f"this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _parse_lora(text: str) -> LoraFile:

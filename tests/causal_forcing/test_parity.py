@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from causal_forcing.cli import main
-from causal_forcing.parity import format_table, run_parity
+from causal_forcing.parity import format_table, numerics_of, run_parity
+from causal_forcing.transformer import TransformerBlock
 from tests.causal_forcing.builders import embedding, make_transformer
 from tests.causal_forcing.naive import NaiveStream, sigma_of
 
@@ -279,3 +280,18 @@ def test_the_command_exits_with_1_unless_all_was_compared(tmp_path, capsys):
     assert main(["parity", str(tmp_path)]) == 1
     assert "6 comparisons, 1 failed" in capsys.readouterr().out
     assert main(["parity", str(tmp_path / "absent")]) == 1
+
+
+def test_bfloat16_is_judged_by_relative_error():
+    checks = run_parity(GOLDEN, numerics_of("cpu", torch.bfloat16))
+    assert [c for c in checks if not c.passed] == []
+    worst = max(c.error for c in checks)
+    assert 1e-3 < worst < 0.1  # it was computed in bfloat16 indeed
+
+
+@pytest.mark.slow
+def test_a_wrong_layer_fails_in_bfloat16_too(monkeypatch):
+    original = TransformerBlock._norm
+    monkeypatch.setattr(TransformerBlock, "_norm", lambda self, x, shift, scale: original(self, x, shift, 1.05 * scale))
+    checks = run_parity(GOLDEN, numerics_of("cpu", torch.bfloat16))
+    assert any(not c.passed for c in checks if c.name == "latents")
