@@ -78,6 +78,6 @@ def _open(frame_format: FrameFormat, height: int, width: int) -> av.VideoCodecCo
         "preset": PRESET,
         "tune": "zerolatency",
         "forced-idr": "1",
-        "x264-params": f"repeat-headers=1:vbv-maxrate={kbit}:vbv-bufsize={kbit}",
+        "x264-params": f"repeat-headers=1:scenecut=0:vbv-maxrate={kbit}:vbv-bufsize={kbit}",
     }
     return context

@@ -26,11 +26,13 @@ from serve.messages import (
     LeaseStarted,
     PackedEmbedding,
     PackedTensor,
+    SetPaused,
     SetPrompt,
+    StartFrom,
     Stop,
 )
 from serve.simulated import SimulatedGenerator
-from tests.serve.fakes import RemoteMailbox, ScriptedEngine, embedding, simulated, update
+from tests.serve.fakes import RemoteMailbox, ScriptedEngine, embedding, latents, simulated, update
 
 
 class BlockedEngine(ScriptedEngine):
@@ -55,13 +57,20 @@ class Bench:
     engine: GeneratorEngine = field(default_factory=lambda: SimulatedGenerator(simulated()))
     credit_chunks: int = 2
     idle_timeout_s: float = 60.0
+    frames_per_second: float | None = None
 
     def __post_init__(self) -> None:
         self.room = MailboxRoom()
         self.room.open("s")
-        config = simulated().model_preset.session_config(seed=1)
         self.request = LeaseRequest(
-            "g", "s", config, self.credit_chunks, RemoteMailbox(self.room), self.idle_timeout_s, "s"
+            replica_id="g",
+            session_id="s",
+            config=simulated().model_preset.session_config(seed=1),
+            credit_chunks=self.credit_chunks,
+            mailbox=RemoteMailbox(self.room),
+            idle_timeout_s=self.idle_timeout_s,
+            frames_per_second=self.frames_per_second,
+            log_id="s",
         )
         self.worker = ThreadPoolExecutor(1)
         self.lease = Lease(self.request, self.engine, self.worker)
@@ -131,6 +140,46 @@ async def test_the_newest_prompt_is_applied_and_the_others_are_told() -> None:
         ("d", True, ("b", "c")),
         ("d", False, ()),
     ]
+
+
+async def test_a_paused_lease_makes_nothing_until_it_is_resumed() -> None:
+    bench = Bench(credit_chunks=8)
+    bench.prompt("a")
+    bench.room.put("s", SetPaused(True))
+    async with aclosing(bench.lease.events()) as events:
+        waiting = await bench.nothing_comes(events)
+        bench.room.put("s", SetPaused(False))
+        first = await waiting
+        assert isinstance(first, GeneratedChunk)
+        assert first.index == 0
+    await bench.lease.close()
+
+
+async def test_a_paced_lease_waits_for_the_time_of_its_next_chunk_and_hears_messages_meanwhile() -> None:
+    bench = Bench(credit_chunks=8, frames_per_second=0.001)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        await bench.next_chunk(events)
+        waiting = await bench.nothing_comes(events)
+        bench.prompt("b")
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        bench.room.put("s", Stop())
+        assert await waiting == LeaseEnded(None)
+    await bench.lease.close()
+
+
+async def test_a_start_image_is_chunk_0_and_the_model_goes_on_from_it() -> None:
+    bench = Bench(engine=ScriptedEngine())
+    given = latents([42])
+    bench.room.put("s", StartFrom(given))
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        first, second = [await bench.next_chunk(events) for _ in range(2)]
+    await bench.lease.close()
+    assert first.latents is given
+    assert (first.index, first.prompt_id, second.index) == (0, "a", 1)
+    assert second.latents.data[0, 0, 0, 0, 0] == 1
 
 
 def test_a_stop_ends_a_chunk_between_two_steps() -> None:

@@ -17,6 +17,9 @@ CONFIG = pb.StreamVideoRequest(config=pb.SessionConfig(prompt=PROMPT))
 SNOW = pb.StreamVideoRequest(prompt=PROMPT)
 PING = pb.StreamVideoRequest(ping=pb.Ping(nonce=3))
 END = pb.StreamVideoRequest(end=pb.End())
+PAUSE = pb.StreamVideoRequest(pause=pb.Pause())
+RESUME = pb.StreamVideoRequest(resume=pb.Resume())
+KEYFRAME = pb.StreamVideoRequest(request_keyframe=pb.RequestKeyframe())
 FROM_THE_FUTURE = pb.StreamVideoRequest.FromString(b"\xfa\x3e\x00")
 
 
@@ -24,20 +27,39 @@ def ack(chunk: int) -> pb.StreamVideoRequest:
     return pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk))
 
 
+EVERYTHING = {
+    "config": CONFIG,
+    "prompt": SNOW,
+    "ack": ack(0),
+    "ping": PING,
+    "end": END,
+    "pause": PAUSE,
+    "resume": RESUME,
+    "request_keyframe": KEYFRAME,
+}
+NOT_CONFIG = [kind for kind in EVERYTHING if kind != "config"]
+EMPTY_PROMPT = pb.StreamVideoRequest(prompt=pb.PromptUpdate())
+
 ILLEGAL = [
-    pytest.param([PING], "CONFIG_NOT_FIRST", "", id="ping first"),
-    pytest.param([SNOW], "CONFIG_NOT_FIRST", "", id="prompt first"),
-    pytest.param([ack(0)], "CONFIG_NOT_FIRST", "", id="ack first"),
-    pytest.param([END], "CONFIG_NOT_FIRST", "", id="end first"),
+    *(pytest.param([EVERYTHING[kind]], "CONFIG_NOT_FIRST", "", id=f"{kind} first") for kind in NOT_CONFIG),
+    *(
+        pytest.param([FROM_THE_FUTURE, EVERYTHING[kind]], "CONFIG_NOT_FIRST", "", id=f"unknown, then {kind}")
+        for kind in NOT_CONFIG
+    ),
+    *(
+        pytest.param([CONFIG, EVERYTHING[kind], CONFIG], "CONFIG_REPEATED", "", id=f"config after {kind}")
+        for kind in NOT_CONFIG
+        if kind != "end"
+    ),
     pytest.param([CONFIG, CONFIG], "CONFIG_REPEATED", "", id="config twice"),
-    pytest.param([CONFIG, SNOW, CONFIG], "CONFIG_REPEATED", "", id="config later"),
+    pytest.param([CONFIG, FROM_THE_FUTURE, CONFIG], "CONFIG_REPEATED", "", id="config after unknown"),
     pytest.param([CONFIG, ack(3)], "INVALID_ACK", "ack.chunk_index", id="ack of a chunk that was not sent"),
     pytest.param([CONFIG, ack(-1)], "INVALID_ACK", "ack.chunk_index", id="negative ack"),
     pytest.param([CONFIG, ack(2), ack(1)], "INVALID_ACK", "ack.chunk_index", id="ack goes back"),
+    pytest.param([CONFIG, PAUSE, ack(2), RESUME, ack(1)], "INVALID_ACK", "ack.chunk_index", id="even over a pause"),
     pytest.param([pb.StreamVideoRequest(config=pb.SessionConfig())], "INVALID_PROMPT", "prompt", id="no prompt"),
-    pytest.param(
-        [CONFIG, pb.StreamVideoRequest(prompt=pb.PromptUpdate())], "INVALID_PROMPT", "prompts", id="empty prompt"
-    ),
+    pytest.param([CONFIG, EMPTY_PROMPT], "INVALID_PROMPT", "prompts", id="empty prompt"),
+    pytest.param([CONFIG, PAUSE, EMPTY_PROMPT], "INVALID_PROMPT", "prompts", id="empty prompt in a pause"),
 ]
 
 
@@ -70,8 +92,16 @@ def test_legal_messages_become_events() -> None:
     assert conversation.receive(ack(4)) == Credit(4)
     assert conversation.receive(ack(4)) == Credit(4)
     assert conversation.receive(PING) == pb.Ping(nonce=3)
-    assert isinstance(conversation.receive(END), pb.End)
+    for message in (PAUSE, PAUSE, RESUME, RESUME, KEYFRAME, PING):  # each may come at any time, and again
+        kind = message.WhichOneof("message")
+        assert kind is not None
+        assert conversation.receive(message) == getattr(message, kind)
     assert conversation.receive(FROM_THE_FUTURE) is None
+    assert isinstance(conversation.receive(END), pb.End)
+
+
+def test_the_table_knows_every_message() -> None:
+    assert list(EVERYTHING) == [field.name for field in pb.StreamVideoRequest.DESCRIPTOR.oneofs[0].fields]
 
 
 def test_messages_have_a_rate() -> None:

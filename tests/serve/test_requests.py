@@ -46,6 +46,22 @@ REFUSED = [
     (config(codec="FRAME_CODEC_PNG", jpeg_quality=80), "jpeg_quality", "80", "left out"),
     (config(credit_chunks=0), "credit_chunks", "0", "1 to 8"),
     (config(credit_chunks=9), "credit_chunks", "9", "1 to 8"),
+    (config(frames_per_second=0), "frames_per_second", "0", "1 to 60"),
+    (config(frames_per_second=61), "frames_per_second", "61", "1 to 60"),
+    (config(h264_bit_rate=100_000), "h264_bit_rate", "100000", "left out with codec jpeg"),
+    (config(codec="FRAME_CODEC_H264_ANNEXB", h264_bit_rate=1), "h264_bit_rate", "1", "50000 to 50000000"),
+    (config(h264_keyframe_interval_frames=9), "h264_keyframe_interval_frames", "9", "left out with codec jpeg"),
+    (
+        config(codec="FRAME_CODEC_H264_FMP4", h264_keyframe_interval_frames=601),
+        "h264_keyframe_interval_frames",
+        "601",
+        "1 to 600",
+    ),
+    (config(codec="FRAME_CODEC_H264_FMP4", jpeg_quality=80), "jpeg_quality", "80", "left out with codec h264_fmp4"),
+    (config(pacing=7), "pacing", "7", "PACING_REALTIME, PACING_AS_FAST_AS_POSSIBLE"),
+    (config(slow_client_policy=7), "slow_client_policy", "7", "SLOW_CLIENT_POLICY_LOSSLESS"),
+    (config(slow_client_policy=2, pacing=2), "slow_client_policy", "DROP_TO_LATEST", "needs PACING_REALTIME"),
+    (config(start_image=b"GIF89a" + bytes(100)), "start_image", "106 bytes", "JPEG or PNG"),
     (pb.SessionConfig(), "prompt", "None", "needs the prompt"),
     (config(prompt=pb.PromptUpdate(prompts=prompts("a"), transition_chunks=2)), "transition_chunks", "2", "must be 0"),
     (config(prompt=pb.PromptUpdate(prompts=prompts("a"), policy=2)), "policy", "2", "left out"),
@@ -82,8 +98,16 @@ def test_the_server_draws_a_seed_and_tells_it() -> None:
     assert effective_config(first).seed == first.config.seed
 
 
-def test_the_effective_config_asks_for_the_same_session_again() -> None:
-    given = config(seed=5, denoising_steps=[1000, 500], window_frames=9, sink_frames=2, codec="FRAME_CODEC_RAW_RGB24")
+EVERY_KIND = [
+    {"codec": "FRAME_CODEC_RAW_RGB24", "frames_per_second": 24, "pacing": "PACING_AS_FAST_AS_POSSIBLE"},
+    {"codec": "FRAME_CODEC_JPEG", "jpeg_quality": 40, "slow_client_policy": "SLOW_CLIENT_POLICY_DROP_TO_LATEST"},
+    {"codec": "FRAME_CODEC_H264_FMP4", "h264_bit_rate": 500_000, "h264_keyframe_interval_frames": 8},
+]
+
+
+@pytest.mark.parametrize("fields", EVERY_KIND)
+def test_the_effective_config_asks_for_the_same_session_again(fields: dict[str, Any]) -> None:
+    given = config(seed=5, denoising_steps=[1000, 500], window_frames=9, sink_frames=2, credit_chunks=3, **fields)
     request = parse_config(given, simulated())
     again = effective_config(request)
     assert not again.HasField("prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from causal_forcing.config import VaeConfig
 from causal_forcing.geometry import Geometry
-from causal_forcing.media import to_frames
+from causal_forcing.media import from_frames, to_frames
 from causal_forcing.vae import WanVae
 from serve.engines import ModelStream
 from serve.frames import Codec, FrameFormat, Pixels, decode_frame
-from serve.messages import Decoded, DecodeRequest, PackedTensor
+from serve.messages import Decoded, DecodeRequest, EncodeImage, PackedTensor
 from serve.vae_decoder import IDLE_S, DecoderCache, DecoderService
 
 SIZE = 16
@@ -34,6 +36,9 @@ class TinyDecoder:
 
     def open(self, height: int, width: int) -> ModelStream:
         return ModelStream(self.vae, self.vae.new_decoder_state(Geometry(height, width)))
+
+    def encode_image(self, frame: Pixels) -> PackedTensor:
+        return PackedTensor.pack(self.vae.encode(from_frames(frame[None])))
 
 
 ENGINE = TinyDecoder()
@@ -151,3 +156,59 @@ def test_caches_of_sessions_whose_end_was_lost_go_away() -> None:
     cache.add("new", ENGINE.open(SIZE, SIZE), now_s=IDLE_S + 1)
     assert len(cache) == 1
     assert cache.find("old", IDLE_S + 1) is None
+
+
+async def test_a_chunk_that_nobody_sees_moves_the_cache_on_and_is_not_encoded(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    await decoder.decode(request(0))
+    assert (await decoder.decode(request(1, encode=False))).frames == ()
+    assert same(pixels(await decoder.decode(request(2))), expected[2])
+
+
+def h264(index: int, **fields: Any) -> DecodeRequest:
+    first_frame = 0 if index == 0 else 4 * index - 3
+    return request(index, format=FrameFormat(Codec.H264_ANNEXB), first_frame=first_frame, **fields)
+
+
+def keyframes(answer: Decoded) -> list[bool]:
+    assert answer.frames is not None
+    return [frame.keyframe for frame in answer.frames]
+
+
+async def test_the_state_of_the_encoder_lives_and_dies_with_the_cache() -> None:
+    decoder = service()
+    assert keyframes(await decoder.decode(h264(0))) == [True]
+    assert keyframes(await decoder.decode(h264(1))) == [False] * 4
+    again = await decoder.decode(h264(1))
+    assert keyframes(again) == [False] * 4
+    assert keyframes(await decoder.decode(h264(2, keyframe=True))) == [True, False, False, False]
+    decoder.cache.drop("s")
+    assert (await decoder.decode(h264(3))).frames is None
+    assert keyframes(await decoder.decode(h264(3, history=history(3)))) == [True, False, False, False]
+    assert keyframes(await decoder.decode(h264(4, starts_scene=True))) == [True]
+
+
+async def test_a_skipped_chunk_starts_the_encoder_anew() -> None:
+    decoder = service()
+    await decoder.decode(h264(0))
+    assert keyframes(await decoder.decode(h264(2, history=history(2)))) == [True, False, False, False]
+
+
+async def test_the_cache_counts_the_encoder() -> None:
+    decoder = service()
+    await decoder.decode(request(0, session="still"))
+    await decoder.decode(h264(0, session="moving"))
+    still, moving = (decoder.cache.find(name, 0.0) for name in ("still", "moving"))
+    assert still is not None
+    assert moving is not None
+    assert moving.nbytes > still.nbytes + 1_000_000
+
+
+async def test_a_start_image_becomes_the_latents_that_the_vae_makes_of_it() -> None:
+    buffer = io.BytesIO()
+    colour = np.random.default_rng(2).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(buffer, "PNG")
+    made = await service().encode_image(EncodeImage(buffer.getvalue(), SIZE, SIZE))
+    with torch.inference_mode():
+        wanted = ENGINE.vae.encode(from_frames(colour[None]))
+    assert torch.equal(made.unpack(), wanted)
