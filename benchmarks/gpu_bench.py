@@ -17,6 +17,7 @@ import torch
 from _report import spread
 from torch import nn
 
+from causal_forcing.arithmetic import pass_flops
 from causal_forcing.config import TransformerConfig
 from causal_forcing.engine import Engine
 from causal_forcing.presets import Preset
@@ -190,15 +191,9 @@ class Bench:
         return spread(times)
 
     def forward_flops(self, frames_seen: int) -> int:
-        """Return the operations of one denoising pass that attends to so many frames, its own included.
-
-        Source: the transformer's matrix shapes, two operations a multiply-add.
-        """
-        c, tokens = self.preset.transformer, self.new_tokens
-        rows = frames_seen * tokens // self.preset.chunk_frames
-        linear = 2 * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
-        attention = 4 * tokens * c.dim * (rows + c.text_len)
-        return c.num_layers * (linear + attention) + 2 * 2 * tokens * 64 * c.dim
+        """Return the operations of one denoising pass that attends to so many frames, its own included."""
+        seen = frames_seen * self.new_tokens // self.preset.chunk_frames
+        return pass_flops(self.preset.transformer, self.new_tokens, seen)
 
     @property
     def new_tokens(self) -> int:

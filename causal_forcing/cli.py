@@ -64,6 +64,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "convert": Command("causal_forcing.commands.convert", "rewrite a checkpoint as safetensors"),
         "inspect": Command("causal_forcing.commands.inspect", "say what a weight file holds"),
         "evaluate": Command("causal_forcing.commands.evaluate", "score a checkpoint of the embedded model's world"),
+        "doctor": Command("causal_forcing.commands.doctor", "say what this machine can run, and what it lacks"),
         "parity": Command("causal_forcing.commands.parity", "compare the engine with golden tensors"),
     }
 )

@@ -1,0 +1,60 @@
+"""`causal-forcing doctor`: what it says of this machine, and of weights that are not there."""
+
+import json
+
+import pytest
+import torch
+
+from causal_forcing.arithmetic import pass_flops
+from causal_forcing.cli import main
+from causal_forcing.commands import doctor
+from causal_forcing.presets import PRESETS, WAN_1_3B
+
+
+@pytest.fixture(autouse=True)
+def _no_measurement(monkeypatch):
+    monkeypatch.setattr(doctor, "matmul_flops_per_s", lambda _device: 1e15)
+
+
+def examined(capsys, tmp_path):
+    assert main(["doctor", "--device", "cpu", "--json", "--weights-dir", str(tmp_path)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_preset_is_judged(capsys, tmp_path):
+    found = examined(capsys, tmp_path)
+    presets = {preset["name"]: preset for preset in found["presets"]}
+    assert list(presets) == list(PRESETS)
+    assert presets["tiny"]["fits"]
+    assert presets["tiny"]["missing"] == []
+    real = presets["causal-forcing-framewise"]
+    assert real["missing"] == ["transformer", "text_encoder", "tokenizer", "vae/wan"]
+    assert real["fix"] == "causal-forcing download causal-forcing-framewise"
+    assert "lora" in presets["longlive"]["missing"]
+    assert found["free_disk_bytes"] > 0
+
+
+def test_what_lies_there_is_not_missing(capsys, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    presets = {preset["name"]: preset for preset in examined(capsys, tmp_path)["presets"]}
+    assert "tokenizer" not in presets["causal-forcing-framewise"]["missing"]
+
+
+def test_a_model_that_needs_more_than_there_is_does_not_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "free_bytes", lambda _device: 10**9)
+    presets = {preset["name"]: preset for preset in examined(capsys, tmp_path)["presets"]}
+    assert not presets["wan-14b"]["fits"]
+    assert presets["tiny"]["fits"]
+
+
+def test_people_read_the_command_that_fixes_it(capsys, tmp_path):
+    assert main(["doctor", "--device", "cpu", "--weights-dir", str(tmp_path)]) == 0
+    assert "causal-forcing download longlive" in capsys.readouterr().out
+
+
+def test_frames_a_second_follow_from_the_arithmetic(tmp_path):
+    found = doctor.examine(torch.device("cpu"), tmp_path)
+    framewise = next(p for p in found["presets"] if p["name"] == "causal-forcing-framewise")
+    # model_spec section 9: 13.469 TFLOP a pass, five passes a chunk of four frames
+    assert pass_flops(WAN_1_3B, 1560, 32760) == pytest.approx(13.469e12, rel=0.01)
+    assert framewise["fps_at_most"] == pytest.approx(4 * 1e15 / (5 * 13.469e12), rel=0.01)
