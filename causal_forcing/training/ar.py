@@ -13,56 +13,153 @@ Source: Causal Forcing (arXiv 2602.02214).
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from causal_forcing.presets import Preset
-from causal_forcing.training import latents as data
-from causal_forcing.training.loop import DEFAULT_ROOT, Run, Schedule, StepRandom, background_process
-from causal_forcing.training.model import WINDOW_FRAMES, Generator, add_noise, draw_levels, new_generator
-from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
+from causal_forcing.training import latents
+from causal_forcing.training.loop import (
+    CPU,
+    Device,
+    Run,
+    Schedule,
+    StepRandom,
+    add_arguments,
+    chosen_schedule,
+    start_process,
+    step_rng,
+    time_limit,
+    wait_for,
+)
+from causal_forcing.training.model import WINDOW_FRAMES, Generator, add_noise, draw_levels, load_stage, new_generator
+from causal_forcing.training.teacher_forcing import BlockPass, Layout, Prompts, compiled, predict
 
 SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, warmup=50, decay_from=0.6, ema=0.998)
-CLIPS = 4
+GPU_SCHEDULE = Schedule(
+    steps=20_000, learning_rate=2e-3, warmup=100, decay_from=0.5, save_every=2000, ema=0.998, budget_s=110
+)
+CLIPS, GPU_CLIPS = 4, 48
+WORDINGS, GPU_WORDINGS = 4, 8
+"""Captions of each scene."""
 DRAWS = 3
-CONTEXT_NOISE = 0.1
+COMPILE_LIMIT_S = 60
+"""Longest wait for the compiler."""
+CONTEXT_NOISE = 0.2
 """Most noise mixed into the clean context, so that the model forgives its own small errors."""
 
 
-def batch(values: data.Latents, rng: np.random.Generator, clips: int) -> tuple[Tensor, list[str], Tensor]:
-    """Return random clips: latents ``[B, 16, F, h, w]``, two captions a clip, and each frame's caption ``[B, F]``."""
-    chosen = [int(index) for index in rng.integers(len(values.clips), size=clips)]
-    texts, of_frame = data.prompts_of([values.clips[i] for i in chosen], values.values.shape[2], rng)
-    return values.values[chosen], texts, of_frame
+@dataclass(frozen=True)
+class Data:
+    """The data set on a device, and how a stage reads it.
+
+    Attributes:
+        values: ``[N, 16, F, h, w]`` normalised latents.
+        wordings: Captions of each clip.
+        clips: Clips of a step.
+        device: What computes.
+        block_pass: See :func:`~causal_forcing.training.teacher_forcing.predict`.
+    """
+
+    values: Tensor
+    wordings: latents.Wordings
+    clips: int
+    device: Device = CPU
+    block_pass: BlockPass | None = None
+
+    def batch(self, random: StepRandom) -> tuple[Tensor, Tensor, Tensor]:
+        """Return random clips: latents ``[B, 16, F, h, w]``, ids of two captions each, each frame's caption."""
+        drawn = torch.from_numpy(random.numpy.integers(len(self.values), size=self.clips))
+        chosen = drawn.to(self.values.device)
+        ids, of_frame = self.wordings.choose(chosen, self.values.shape[2], random.numpy)
+        return self.values[chosen], ids, of_frame
+
+    def layout(self, draws: int, *, bidirectional: bool = False) -> Layout:
+        """Return the layout of a pass over a batch."""
+        return Layout(self.values.shape[2], draws, window=WINDOW_FRAMES, bidirectional=bidirectional)
+
+
+def load_data(
+    root: Path,
+    generator: Generator,
+    device: Device,
+    *,
+    wait: bool = False,
+    warm_up: Callable[[Data], float] | None = None,
+) -> Data:
+    """Return the data of a training folder.
+
+    Args:
+        root: Training folder.
+        generator: Whose tokenizer to use.
+        device: Where to put it.
+        wait: Word the captions as soon as the clips are known, then wait for the latents.
+        warm_up: Returns a step's loss and computes its gradients; called while waiting, with data of noise.
+    """
+    folder, cpu = root / "latents", device.kind == "cpu"
+    clips = latents.published(folder) if wait else list(latents.load(folder).clips)
+    wordings = latents.word(
+        clips,
+        generator.tokenizer,
+        generator.preset.text_encoder.text_len,
+        wordings=WORDINGS if cpu else GPU_WORDINGS,
+        device=device.torch,
+    )
+    count, block_pass = (CLIPS, None) if cpu else (GPU_CLIPS, compiled())
+    if wait and warm_up is not None:
+        noise = torch.randn(len(clips), 16, latents.CLIP_FRAMES, 8, 8, device=device.torch)
+        block_pass = _working(Data(noise, wordings, count, device, block_pass), warm_up)
+        del noise
+    if wait:
+        wait_for(folder)
+    return Data(latents.load(folder, device.torch).values, wordings, count, device, block_pass)
+
+
+def _working(data: Data, loss: Callable[[Data], float]) -> BlockPass | None:
+    """Return the compiled pass through a block, or None where it does not compile in time to the same loss."""
+    wanted = loss(replace(data, block_pass=None))
+    try:
+        with time_limit(COMPILE_LIMIT_S):
+            found = loss(data)
+    except (TorchDynamoException, TimeoutError) as error:
+        print(f"goes on without compilation: {error!r:.300}", file=sys.stderr)
+        return None
+    print(f"compiled: loss {found:.4f}, without compilation {wanted:.4f}", file=sys.stderr)
+    return data.block_pass if abs(found - wanted) < 0.02 * wanted else None
 
 
 def blurred_context(clean: Tensor, random: StepRandom) -> Tensor:
     """Return the clean context with a little noise, its amount drawn per clip."""
-    level = CONTEXT_NOISE * torch.rand(clean.shape[0], 1, 1, 1, 1, generator=random.torch)
-    return (1 - level) * clean + level * torch.randn(clean.shape, generator=random.torch)
+    generator, device = random.torch, clean.device
+    level = CONTEXT_NOISE * torch.rand(clean.shape[0], 1, 1, 1, 1, generator=generator, device=device)
+    return (1 - level) * clean + level * torch.randn(clean.shape, generator=generator, device=device)
 
 
-def objective(generator: Generator, values: data.Latents, layout: Layout, random: StepRandom) -> dict[str, Tensor]:
+def objective(generator: Generator, data: Data, layout: Layout, random: StepRandom) -> dict[str, Tensor]:
     """Return the velocity error of one random batch."""
-    clean, texts, of_frame = batch(values, random.numpy, CLIPS)
-    levels = draw_levels((CLIPS, layout.draws * layout.frames // layout.chunk), random.torch)
+    clean, ids, of_frame = data.batch(random)
+    levels = draw_levels((data.clips, layout.draws * layout.frames // layout.chunk), random.torch)
     if layout.bidirectional:
-        levels = levels.view(CLIPS, layout.draws, -1)[:, :, :1].expand(-1, -1, layout.frames).flatten(1)
+        levels = levels.view(data.clips, layout.draws, -1)[:, :, :1].expand(-1, -1, layout.frames).flatten(1)
     sigmas = levels.repeat_interleave(1 if layout.bidirectional else layout.chunk, 1)
     noisy, velocity = add_noise(clean.repeat(1, 1, layout.draws, 1, 1), sigmas, random.torch)
-    embeds = generator.embed(texts).view(CLIPS, 2, generator.preset.text_encoder.text_len, -1)
-    guess = predict(
-        generator.transformer,
-        blurred_context(clean, random),
-        noisy,
-        1000 * sigmas,
-        Prompts(embeds, of_frame),
-        layout=layout,
-        rotary=generator.rotary,
-    )
+    with data.device.autocast():
+        embeds = generator.embed(ids).view(data.clips, 2, generator.preset.text_encoder.text_len, -1)
+        guess = predict(
+            generator.transformer,
+            blurred_context(clean, random),
+            noisy,
+            1000 * sigmas,
+            Prompts(embeds, of_frame),
+            layout=layout,
+            rotary=generator.rotary,
+            block_pass=data.block_pass,
+        )
     return {"loss": (guess - velocity).square().mean()}
 
 
@@ -74,25 +171,61 @@ def train(
     seed: int = 4,
     until: int | None = None,
     bidirectional: bool = False,
+    device: Device = CPU,
+    wait: bool = False,
+    begin: str | None = None,
 ) -> Run:
-    """Train (or go on training) in ``root/ar`` or ``root/bidirectional`` and return the run."""
-    values = data.load(root / "latents")
-    generator = new_generator(root, seed, preset)
+    """Train (or go on training) in ``root/ar`` or ``root/bidirectional`` and return the run.
+
+    Args:
+        root: Training folder.
+        preset: Sizes; None for those of ``tiny``.
+        schedule: Length and learning rate.
+        seed: Source of all randomness.
+        until: Step to stop at.
+        bidirectional: Whether to train the bidirectional teacher.
+        device: What computes.
+        wait: Prepare, then wait for the latents.
+        begin: Stage whose averaged weights to begin with, instead of seeded ones.
+    """
+    generator = new_generator(root, seed, preset, device.torch)
+    if begin is not None:
+        generator.load(load_stage(root, begin))
     folder = root / ("bidirectional" if bidirectional else "ar")
+
+    def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
+        return objective(generator, data, data.layout(DRAWS, bidirectional=bidirectional), random)
+
+    def warm_up(data: Data) -> float:
+        loss = step_loss(data, step_rng(seed, 0, device.torch))["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        for value in generator.parameters.values():
+            value.grad = None
+        return loss.item()
+
+    data = load_data(root, generator, device, wait=wait, warm_up=warm_up)
     run = Run(folder, generator.parameters, schedule, seed)
-    layout = Layout(values.values.shape[2], DRAWS, window=WINDOW_FRAMES, bidirectional=bidirectional)
-    run.train(lambda _step, random: objective(generator, values, layout, random), until=until)
+    run.train(lambda _step, random: step_loss(data, random), until=until)
     return run
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
+    add_arguments(parser)
     parser.add_argument("--bidirectional", action="store_true", help="train the bidirectional teacher instead")
+    parser.add_argument("--begin", metavar="STAGE", help="begin with the averaged weights of a stage")
     arguments = parser.parse_args()
-    background_process(arguments.root)
-    raise SystemExit(train(arguments.root, bidirectional=arguments.bidirectional).exit_status)
+    device = start_process(arguments)
+    run = train(
+        arguments.root,
+        schedule=chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE),
+        bidirectional=arguments.bidirectional,
+        device=device,
+        wait=arguments.wait,
+        begin=arguments.begin,
+    )
+    raise SystemExit(run.exit_status)
 
 
 if __name__ == "__main__":

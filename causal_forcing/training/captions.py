@@ -89,11 +89,17 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     text = f"{place}, {things}" if rng.random() < 0.2 else f"{things} {place}"
     text = _pick(rng, OPENINGS) + text
     if rng.random() < STRAY:
-        stray = _pick(rng, STRAY_WORDS)
+        stray = _pick(rng, STRAY_WORDS) if rng.random() < 0.5 else nonsense(rng)
         text = f"{stray} {text}" if rng.random() < 0.3 else f"{text}, {stray}"
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:]
     return text + ("." if rng.random() < 0.3 else "")
+
+
+def nonsense(rng: np.random.Generator) -> str:
+    """Return a word of three to eight random letters."""
+    letters = rng.integers(ord("a"), ord("z") + 1, size=int(rng.integers(3, 9)))
+    return "".join(chr(letter) for letter in letters)
 
 
 def plain_caption(scene: Scene) -> str:

@@ -20,13 +20,26 @@ from torch import Tensor
 
 from causal_forcing.flow import SHIFT
 from causal_forcing.presets import Preset
-from causal_forcing.training import latents as data
-from causal_forcing.training.ar import CLIPS, batch, blurred_context
-from causal_forcing.training.loop import DEFAULT_ROOT, Run, Schedule, StepRandom, background_process
-from causal_forcing.training.model import WINDOW_FRAMES, Generator, add_noise, load_stage, new_generator
+from causal_forcing.training.ar import Data, blurred_context, load_data
+from causal_forcing.training.loop import (
+    CPU,
+    Device,
+    Run,
+    Schedule,
+    StepRandom,
+    add_arguments,
+    chosen_schedule,
+    start_process,
+    step_rng,
+    wait_for,
+)
+from causal_forcing.training.model import Generator, add_noise, load_stage, new_generator
 from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
 
 SCHEDULE = Schedule(steps=1500, learning_rate=5e-4, warmup=30, decay_from=0.5, ema=0.99)
+GPU_SCHEDULE = Schedule(
+    steps=10_000, learning_rate=5e-4, warmup=50, decay_from=0.5, save_every=2000, ema=0.995, budget_s=50
+)
 DRAWS = 2
 GRID = 16
 """Noise levels of the distillation grid."""
@@ -39,25 +52,38 @@ def grid_levels(count: int = GRID) -> Tensor:
 
 
 def objective(
-    teacher: Generator, student: Generator, values: data.Latents, layout: Layout, random: StepRandom
+    teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom
 ) -> dict[str, Tensor]:
     """Return how far the student is from saying the same at two neighbouring noise levels."""
-    clean, texts, of_frame = batch(values, random.numpy, CLIPS)
-    levels = grid_levels()
-    index = torch.randint(len(levels) - 1, (CLIPS, layout.draws * layout.frames), generator=random.torch)
+    clean, ids, of_frame = data.batch(random)
+    levels, generator = grid_levels().to(clean.device), random.torch
+    shape = (data.clips, layout.draws * layout.frames)
+    index = torch.randint(GRID, shape, generator=generator, device=clean.device)
     sigma, lower = levels[index], levels[index + 1]
     repeated = clean.repeat(1, 1, layout.draws, 1, 1)
-    noisy, _ = add_noise(repeated, sigma, random.torch)
+    noisy, _ = add_noise(repeated, sigma, generator)
     context = blurred_context(clean, random)
+    with torch.no_grad(), data.device.autocast():
+        embeds = student.embed(ids).view(data.clips, 2, student.preset.text_encoder.text_len, -1)
+    prompts = Prompts(embeds.float(), of_frame)
 
-    def velocity(generator: Generator, x: Tensor, at: Tensor, prompts: Prompts) -> Tensor:
-        return predict(generator.transformer, context, x, 1000 * at, prompts, layout=layout, rotary=generator.rotary)
+    def velocity(model: Generator, x: Tensor, at: Tensor) -> Tensor:
+        with data.device.autocast():
+            return predict(
+                model.transformer,
+                context,
+                x,
+                1000 * at,
+                prompts,
+                layout=layout,
+                rotary=model.rotary,
+                block_pass=data.block_pass,
+            )
 
     with torch.no_grad():
-        prompts = Prompts(student.embed(texts).view(CLIPS, 2, student.preset.text_encoder.text_len, -1), of_frame)
-        ahead = noisy + _spread(lower - sigma) * velocity(teacher, noisy, sigma, prompts)
-        target = ahead - _spread(lower) * velocity(student, ahead, lower, prompts)
-    guess = noisy - _spread(sigma) * velocity(student, noisy, sigma, prompts)
+        ahead = noisy + _spread(lower - sigma) * velocity(teacher, noisy, sigma)
+        target = ahead - _spread(lower) * velocity(student, ahead, lower)
+    guess = noisy - _spread(sigma) * velocity(student, noisy, sigma)
     error = (guess - target).square().mean((1, 3, 4))
     return {"loss": error.mean(), "to_clean": (guess.detach() - repeated).square().mean()}
 
@@ -74,32 +100,53 @@ def train(
     seed: int = 5,
     until: int | None = None,
     teacher_stage: str = "ar",
+    device: Device = CPU,
+    wait: bool = False,
 ) -> Run:
     """Distil (or go on distilling) into ``root/cd`` (or ``root/cd-bidirectional``) and return the run.
 
     The text encoder stays the teacher's; its parameters are part of the result all the same.
     """
-    values = data.load(root / "latents")
-    teacher, student = new_generator(root, seed, preset), new_generator(root, seed, preset)
+    teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
+    for generator in (teacher, student):
+        generator.encoder.requires_grad_(False)
+    moving = {name: value for name, value in student.parameters.items() if name.startswith("transformer.")}
+
+    def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
+        return objective(teacher, student, data, data.layout(DRAWS), random)
+
+    def warm_up(data: Data) -> float:
+        values = step_loss(data, step_rng(seed, 0, device.torch))
+        values["loss"].backward()  # type: ignore[no-untyped-call]
+        for value in moving.values():
+            value.grad = None
+        return values["to_clean"].item()
+
+    data = load_data(root, student, device, wait=wait, warm_up=warm_up)
+    if wait:
+        wait_for(root / teacher_stage)
     for generator in (teacher, student):
         generator.load(load_stage(root, teacher_stage))
-        generator.encoder.requires_grad_(False)
-    folder = root / ("cd" if teacher_stage == "ar" else f"cd-{teacher_stage}")
-    moving = {name: value for name, value in student.parameters.items() if name.startswith("transformer.")}
-    run = Run(folder, moving, schedule, seed)
-    layout = Layout(values.values.shape[2], DRAWS, window=WINDOW_FRAMES)
-    run.train(lambda _step, random: objective(teacher, student, values, layout, random), until=until)
+    run = Run(root / ("cd" if teacher_stage == "ar" else f"cd-{teacher_stage}"), moving, schedule, seed)
+    run.train(lambda _step, random: step_loss(data, random), until=until)
     return run
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
+    add_arguments(parser)
     parser.add_argument("--teacher", choices=("ar", "bidirectional"), default="ar", help="which teacher to distil")
     arguments = parser.parse_args()
-    background_process(arguments.root)
-    raise SystemExit(train(arguments.root, teacher_stage=arguments.teacher).exit_status)
+    device = start_process(arguments)
+    run = train(
+        arguments.root,
+        schedule=chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE),
+        teacher_stage=arguments.teacher,
+        device=device,
+        wait=arguments.wait,
+    )
+    raise SystemExit(run.exit_status)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Renders clips, some of which change midway, encodes them with the trained VAE and writes shards of latents and scenes to
 ``<root>/latents``. Finished shards are kept, so an interrupted run goes on. ``index.json`` has the latents' mean and
-standard deviation per channel (they become the VAE's) and a hash of every pixel.
+standard deviation per channel (they become the VAE's) and a hash of the clips.
 """
 
 from __future__ import annotations
@@ -13,29 +13,46 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from causal_forcing.config import VaeConfig
-from causal_forcing.training import captions, whole_clip, world
-from causal_forcing.training.loop import DEFAULT_ROOT, background_process, step_rng
-from causal_forcing.training.vae import CONFIG, to_video
+from causal_forcing.tokenizer import Tokenizer
+from causal_forcing.training import captions, drawing, whole_clip, world
+from causal_forcing.training.loop import (
+    CPU,
+    Device,
+    add_arguments,
+    mark_finished,
+    read_metadata,
+    start_process,
+    step_rng,
+    wait_for,
+)
+from causal_forcing.training.text import token_rows
+from causal_forcing.training.vae import CONFIG, as_video
 
-CLIP_FRAMES = 12
-"""Latent frames of a clip: more than the attention window, so that training sees frames evicted."""
+CLIP_FRAMES = 16
+"""Latent frames of a clip: twice the attention window, so that training sees frames evicted."""
 
-SHARD_CLIPS = 32
-ENCODE_CLIPS = 4
+CLIPS, GPU_CLIPS = 2048, 12288
+"""Clips altogether."""
+
+SHARD_CLIPS = 64
+ENCODE_CLIPS, GPU_ENCODE_CLIPS = 4, 16
+"""Clips that the VAE encodes together."""
+
 SWITCH_SHARE = 0.35
 """Share of clips whose caption changes midway."""
+
+WORDING_SEED = 11
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,8 @@ class Clip:
         return cls(scenes, int(data["switch"]))
 
 
-def draw(rng: np.random.Generator, *, two_objects: float, frames: int) -> tuple[Clip, NDArray[np.uint8]]:
-    """Return a random clip that holds nothing held out, and its pixels ``[1 + 4(frames - 1), 64, 64, 3]``.
+def draw_clip(rng: np.random.Generator, *, two_objects: float, frames: int) -> tuple[Clip, tuple[world.Segment, ...]]:
+    """Return a random clip of ``frames`` latent frames that holds nothing held out, and what is drawn of it.
 
     The change falls on the first pixel frame of a latent frame, as a prompt switch does in a stream.
     """
@@ -73,29 +90,51 @@ def draw(rng: np.random.Generator, *, two_objects: float, frames: int) -> tuple[
     pixel_frames = 4 * frames - 3
     segments = world.draw_clip(rng, scene, pixel_frames)
     if rng.random() >= SWITCH_SHARE:
-        return Clip((scene,), frames), world.render(segments)
+        return Clip((scene,), frames), segments
     switch = int(rng.integers(2, frames - 1))
     at = 4 * switch - 3
     first = world.Segment(scene, at, segments[0].placements)
     second = world.switch(first, world.change(rng, scene), pixel_frames - at)
-    return Clip((scene, second.scene), switch), world.render((first, second))
+    return Clip((scene, second.scene), switch), (first, second)
 
 
-def make_shard(
-    folder: Path, index: int, parameters: Mapping[str, Tensor], config: VaeConfig, *, seed: int, two_objects: float
+@dataclass(frozen=True)
+class Shard:
+    """Some clips before they are drawn and encoded."""
+
+    clips: tuple[Clip, ...]
+    pictures: drawing.Pictures
+
+    @classmethod
+    def of(cls, seed: int, index: int, *, two_objects: float) -> Shard:
+        """Return the shard of a number."""
+        rng = step_rng(seed, index).numpy
+        made = [draw_clip(rng, two_objects=two_objects, frames=CLIP_FRAMES) for _ in range(SHARD_CLIPS)]
+        return cls(tuple(clip for clip, _ in made), drawing.Pictures.of([segments for _, segments in made]))
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides the pixels, places to a thousandth of a pixel: no device changes it."""
+        pictures = self.pictures
+        places = np.rint(1000 * pictures.place.astype(np.float64)).astype(np.int64)
+        parts = (pictures.background, pictures.colour, pictures.shape, places)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+
+def write_shard(
+    path: Path, shard: Shard, parameters: Mapping[str, Tensor], config: VaeConfig, device: Device = CPU
 ) -> None:
-    """Render, encode and write one shard: latents ``[32, 16, F, 8, 8]`` float32, scenes, and the pixels' hash."""
-    rng = step_rng(seed, index).numpy
-    drawn = [draw(rng, two_objects=two_objects, frames=CLIP_FRAMES) for _ in range(SHARD_CLIPS)]
+    """Draw, encode and write one shard: latents ``[N, 16, F, 8, 8]`` float32, scenes, and the clips' hash."""
     encoded = []
-    with torch.inference_mode():
-        for start in range(0, SHARD_CLIPS, ENCODE_CLIPS):
-            video = to_video([pixels for _, pixels in drawn[start : start + ENCODE_CLIPS]])
-            encoded.append(whole_clip.encode(parameters, config, video)[0].contiguous())
-    digest = hashlib.sha256(b"".join(pixels.tobytes() for _, pixels in drawn)).hexdigest()
-    clips = json.dumps([clip.to_json() for clip, _ in drawn])
-    path = folder / f"shard-{index:04d}.safetensors"
-    save_file({"latents": torch.cat(encoded)}, path.with_suffix(".part"), {"clips": clips, "pixels": digest})
+    step = ENCODE_CLIPS if device.kind == "cpu" else GPU_ENCODE_CLIPS
+    pixels = drawing.draw(shard.pictures, device.torch)
+    with torch.inference_mode(), device.autocast():
+        for start in range(0, len(shard.clips), step):
+            video = as_video(pixels[start : start + step])
+            encoded.append(whole_clip.encode(parameters, config, video)[0].float().contiguous())
+    clips = json.dumps([clip.to_json() for clip in shard.clips])
+    latents = torch.cat(encoded).cpu()
+    save_file({"latents": latents}, path.with_suffix(".part"), {"clips": clips, "digest": shard.digest})
     path.with_suffix(".part").replace(path)
 
 
@@ -108,7 +147,7 @@ class Latents:
         clips: What each shows.
         mean: Per channel, of the latents before normalisation.
         std: Per channel.
-        data_hash: Of all pixels and of the captions' wordings.
+        data_hash: Of all that decides the pixels, and of the captions' wordings.
     """
 
     values: Tensor
@@ -118,21 +157,19 @@ class Latents:
     data_hash: str
 
 
-def load(folder: Path) -> Latents:
-    """Return all shards of a folder.
+def load(folder: Path, device: torch.device | str = "cpu") -> Latents:
+    """Return all shards of a folder, the latents on a device.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    from causal_forcing.training.loop import read_metadata
-
     paths = sorted(folder.glob("shard-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no latents: run python -m causal_forcing.training.latents first")
-    values = torch.cat([load_file(path)["latents"] for path in paths])
+    values = torch.cat([load_file(path)["latents"].to(device) for path in paths])
     metadata = [read_metadata(path) for path in paths]
     clips = tuple(Clip.from_json(clip) for entry in metadata for clip in json.loads(entry["clips"]))
-    digest = hashlib.sha256("".join(entry["pixels"] for entry in metadata).encode())
+    digest = hashlib.sha256("".join(entry["digest"] for entry in metadata).encode())
     digest.update(captions.vocabulary_hash().encode())
     mean, std = values.mean((0, 2, 3, 4)), values.std((0, 2, 3, 4))
     shape = (1, -1, 1, 1, 1)
@@ -140,47 +177,112 @@ def load(folder: Path) -> Latents:
     return Latents(normalised, clips, tuple(mean.tolist()), tuple(std.tolist()), digest.hexdigest())
 
 
-def prompts_of(clips: Sequence[Clip], frames: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
-    """Return two captions per clip and which of them each frame was made under.
+@dataclass(frozen=True)
+class Wordings:
+    """Captions of clips, as token ids, in several wordings.
+
+    Attributes:
+        ids: ``[N, 2, W, L]`` int64: of each clip, before and after its change (the same scene twice if there is none).
+        switch: ``[N]`` int64: the latent frame at which the second begins.
+    """
+
+    ids: Tensor
+    switch: Tensor
+
+    def choose(self, clips: Tensor, frames: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Return ids ``[2 B, L]`` in random wording, and which of a clip's two captions each frame has, ``[B, F]``."""
+        device = self.ids.device
+        chosen = rng.integers(self.ids.shape[2], size=(len(clips), 2))
+        wording = torch.from_numpy(chosen).to(device)
+        ids = self.ids[clips[:, None], torch.arange(2, device=device)[None], wording]
+        of_frame = torch.arange(frames, device=device)[None] >= self.switch[clips][:, None]
+        return ids.flatten(0, 1), of_frame.long()
+
+
+def word(
+    clips: Sequence[Clip], tokenizer: Tokenizer, text_len: int, *, wordings: int, device: torch.device | str = "cpu"
+) -> Wordings:
+    """Return random captions of every clip; they depend on the clips alone."""
+    rng = np.random.default_rng(WORDING_SEED)
+    texts = [
+        captions.caption(scene, rng)
+        for clip in clips
+        for scene in (clip.scenes[0], clip.scenes[-1])
+        for _ in range(wordings)
+    ]
+    rows = token_rows(tokenizer, texts, text_len).view(len(clips), 2, wordings, -1)
+    return Wordings(rows.to(device), torch.tensor([clip.switch for clip in clips], device=device))
+
+
+def publish(folder: Path, clips: Sequence[Clip]) -> None:
+    """Write what the clips will show, for stages that prepare while the latents are not there yet."""
+    part = folder / "clips.part"
+    part.write_text(json.dumps([clip.to_json() for clip in clips]))
+    part.replace(folder / "clips.json")
+
+
+def published(folder: Path) -> list[Clip]:
+    """Return the clips of :func:`publish`, waiting for them."""
+    wait_for(folder, "clips.json")
+    return [Clip.from_json(clip) for clip in json.loads((folder / "clips.json").read_text())]
+
+
+def build(
+    root: Path,
+    *,
+    clips: int,
+    two_objects: float,
+    config: VaeConfig = CONFIG,
+    seed: int = 3,
+    device: Device = CPU,
+    wait: bool = False,
+) -> Latents:
+    """Make the shards that are missing in ``root/latents``, and the index; return the data set.
 
     Args:
-        clips: The batch.
-        frames: Latent frames of a clip.
-        rng: Draws the wording.
-
-    Returns:
-        ``2 * len(clips)`` captions (the second repeats the scene where there is no change) and ``[B, frames]`` int64.
+        root: Training folder.
+        clips: At least so many.
+        two_objects: Share of clips with two objects.
+        config: Of the VAE.
+        seed: Of the clips.
+        device: What draws and encodes.
+        wait: Draw the scenes, then wait for the VAE to be finished.
     """
-    texts, of_frame = [], []
-    for clip in clips:
-        texts += [captions.caption(clip.scenes[0], rng), captions.caption(clip.scenes[-1], rng)]
-        of_frame.append([int(frame >= clip.switch) for frame in range(frames)])
-    return texts, torch.tensor(of_frame)
-
-
-def build(root: Path, *, clips: int, two_objects: float, config: VaeConfig = CONFIG, seed: int = 3) -> Latents:
-    """Make the shards that are missing in ``root/latents``, and the index; return the data set."""
     folder = root / "latents"
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = load_file(root / "vae" / "ema.safetensors")
-    for index in range(-(-clips // SHARD_CLIPS)):
-        if not (folder / f"shard-{index:04d}.safetensors").exists():
-            make_shard(folder, index, parameters, config, seed=seed, two_objects=two_objects)
-    data = load(folder)
+    missing = [
+        (path, index)
+        for index in range(-(-clips // SHARD_CLIPS))
+        if not (path := folder / f"shard-{index:04d}.safetensors").exists()
+    ]
+    shards: Iterator[tuple[Path, Shard]] = (
+        (path, Shard.of(seed, index, two_objects=two_objects)) for path, index in missing
+    )
+    if wait:
+        drawn = [*shards]
+        publish(folder, [clip for _, shard in drawn for clip in shard.clips])
+        shards = iter(drawn)
+        wait_for(root / "vae")
+    parameters = load_file(root / "vae" / "ema.safetensors", device=str(device.torch))
+    for path, shard in shards:
+        write_shard(path, shard, parameters, config, device)
+    data = load(folder, device.torch)
     index_data = {"clips": len(data.clips), "mean": data.mean, "std": data.std, "data_hash": data.data_hash}
     (folder / "index.json").write_text(json.dumps(index_data, indent=1) + "\n")
+    mark_finished(folder, clips=len(data.clips))
     return data
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    parser.add_argument("--clips", type=int, default=2048, help="clips altogether (default: %(default)s)")
+    add_arguments(parser)
+    parser.add_argument("--clips", type=int, help="clips altogether (default: 2048, on a GPU 12288)")
     parser.add_argument("--two-objects", type=float, default=0.1, help="share of clips with two objects")
     arguments = parser.parse_args()
-    background_process(arguments.root)
-    build(arguments.root, clips=arguments.clips, two_objects=arguments.two_objects)
+    device = start_process(arguments)
+    clips = arguments.clips or (CLIPS if device.kind == "cpu" else GPU_CLIPS)
+    build(arguments.root, clips=clips, two_objects=arguments.two_objects, device=device, wait=arguments.wait)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,33 @@ from torch import Tensor
 
 from causal_forcing.config import VaeConfig
 from causal_forcing.training import whole_clip
-from causal_forcing.training.loop import DEFAULT_ROOT, Run, Schedule, StepRandom, background_process
+from causal_forcing.training.loop import (
+    CPU,
+    Device,
+    Run,
+    Schedule,
+    StepRandom,
+    add_arguments,
+    chosen_schedule,
+    start_process,
+    wait_for,
+)
 from causal_forcing.training.vae import CONFIG, LIGHT_CONFIG, batch, pixel_error
 
 SCHEDULE = Schedule(steps=3000, learning_rate=5e-3, decay_from=0.4, ema=0.995)
+GPU_SCHEDULE = Schedule(steps=6000, learning_rate=5e-3, decay_from=0.4, save_every=1000, ema=0.995, budget_s=80)
+LATENT_NOISE = 0.1
+"""Most noise added to the latents that the small decoder reads, in their standard deviations: a generator errs, too."""
 
 
 def objective(
-    large: whole_clip.Parameters, small: whole_clip.Parameters, configs: tuple[VaeConfig, VaeConfig], video: Tensor
+    large: whole_clip.Parameters,
+    small: whole_clip.Parameters,
+    configs: tuple[VaeConfig, VaeConfig],
+    video: Tensor,
+    random: StepRandom,
+    *,
+    device: Device = CPU,
 ) -> dict[str, Tensor]:
     """Return the loss of one batch and its parts.
 
@@ -33,11 +52,17 @@ def objective(
         small: The ones being trained.
         configs: Sizes of both.
         video: ``[B, 3, T, H, W]`` in [-1, 1].
+        random: Of the step.
+        device: What computes.
     """
-    with torch.no_grad():
-        latents = whole_clip.encode(large, configs[0], video)[0]
-    drawn = pixel_error(whole_clip.decode(small, configs[1], latents), video)
-    guessed = whole_clip.encode(small, configs[1], video)[0]
+    with device.autocast():
+        with torch.no_grad():
+            latents = whole_clip.encode(large, configs[0], video)[0].float()
+        noise = torch.randn(latents.shape, generator=random.torch, device=latents.device)
+        level = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, 1, generator=random.torch, device=latents.device)
+        heard = latents + level * latents.std() * noise
+        drawn = pixel_error(whole_clip.decode(small, configs[1], heard).float(), video)
+        guessed = whole_clip.encode(small, configs[1], video)[0].float()
     latent = (guessed - latents).square().mean() / latents.square().mean()
     return drawn | {"loss": drawn["loss"] + 0.1 * latent, "latent": latent}
 
@@ -50,13 +75,16 @@ def train(
     schedule: Schedule = SCHEDULE,
     seed: int = 6,
     until: int | None = None,
+    device: Device = CPU,
 ) -> Run:
     """Distil (or go on distilling) in ``root/lightvae`` and return the run."""
-    large = load_file(root / "vae" / "ema.safetensors")
-    run = Run(root / "lightvae", whole_clip.initial_parameters(config, seed), schedule, seed)
+    large = load_file(root / "vae" / "ema.safetensors", device=str(device.torch))
+    parameters = {name: value.to(device.torch) for name, value in whole_clip.initial_parameters(config, seed).items()}
+    run = Run(root / "lightvae", parameters, schedule, seed)
 
     def step_objective(step: int, random: StepRandom) -> dict[str, Tensor]:
-        return objective(large, run.parameters, (large_config, config), batch(step, random.numpy, schedule))
+        video = batch(step, run.progress, random.numpy, device)
+        return objective(large, run.parameters, (large_config, config), video, random, device=device)
 
     run.train(step_objective, until=until)
     return run
@@ -65,10 +93,13 @@ def train(
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    root = parser.parse_args().root
-    background_process(root)
-    raise SystemExit(train(root).exit_status)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    device = start_process(arguments)
+    if arguments.wait:
+        wait_for(arguments.root / "vae")
+    schedule = chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE)
+    raise SystemExit(train(arguments.root, schedule=schedule, device=device).exit_status)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """The loop that every training stage runs: schedule, moving average, log, checkpoints that resume bit for bit.
 
-A step's data and noise depend on the seed and the step's number alone (:func:`step_rng`), so a checkpoint needs no
-generator state.
+A step's data and noise depend on the seed, the step's number and the kind of device alone (:func:`step_rng`), so a
+checkpoint needs no generator state. A run ends after its steps, or after its *budget*, a wall time: then the learning
+rate falls with whichever of the two is further on, so that a run on a fast device and one on a slow device both end at
+zero. Runs with a budget depend on the clock; without one they repeat bit for bit on one machine.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,6 +30,36 @@ from causal_forcing.training.optimizer import Optimizer
 DEFAULT_ROOT = Path("~/.cache/causal-forcing/training").expanduser()
 """Where stages keep their checkpoints and logs unless told otherwise."""
 
+LOG_EVERY = 20
+"""Updates between two writings of the log on a GPU, which has to be waited for; on a CPU every update is written."""
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how a stage computes.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        bfloat16: Whether matrix products and convolutions run in bfloat16 (weights and sums stay float32).
+    """
+
+    kind: str = "cpu"
+    bfloat16: bool = False
+
+    @property
+    def torch(self) -> torch.device:
+        """The device itself."""
+        return torch.device(self.kind)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context for forward passes."""
+        return torch.autocast(self.kind, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+
+CPU = Device()
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -37,6 +72,7 @@ class Schedule:
         decay_from: Fraction of the run at which the decay begins.
         save_every: Updates between checkpoints.
         ema: Decay of the moving average of the weights.
+        budget_s: Wall seconds after which the run ends even if steps are left; None for no limit.
     """
 
     steps: int
@@ -45,11 +81,17 @@ class Schedule:
     decay_from: float = 0.5
     save_every: int = 100
     ema: float = 0.998
+    budget_s: float | None = None
 
-    def rate(self, step: int) -> float:
+    def progress(self, step: int, elapsed_s: float) -> float:
+        """Return how much of the run is done, 0 to 1 and more."""
+        spent = 0.0 if self.budget_s is None else elapsed_s / self.budget_s
+        return max(step / self.steps, spent)
+
+    def rate(self, step: int, elapsed_s: float = 0.0) -> float:
         """Return the learning rate of an update."""
-        start = self.decay_from * self.steps
-        decay = 1.0 if step < start else max(0.0, (self.steps - step) / max(1.0, self.steps - start))
+        left = 1 - self.progress(step, elapsed_s)
+        decay = min(1.0, max(0.0, left / (1 - self.decay_from)))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * decay
 
     def average(self, step: int) -> float:
@@ -63,17 +105,17 @@ class StepRandom:
 
     Attributes:
         numpy: For scenes and captions.
-        torch: For noise.
+        torch: For noise, on the device that computes.
     """
 
     numpy: np.random.Generator
     torch: torch.Generator
 
 
-def step_rng(seed: int, step: int) -> StepRandom:
-    """Return generators that depend on the seed and the step alone."""
+def step_rng(seed: int, step: int, device: torch.device | str = "cpu") -> StepRandom:
+    """Return generators that depend on the seed and the step alone (and the device on its kind)."""
     sequence = np.random.SeedSequence((seed, step))
-    generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+    generator = torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
     return StepRandom(np.random.default_rng(sequence), generator)
 
 
@@ -86,7 +128,7 @@ class Run:
 
     Args:
         folder: Created if missing; a checkpoint in it is resumed.
-        parameters: Leaf tensors by name; loaded in place when resuming.
+        parameters: Leaf tensors by name, all on one device; loaded in place when resuming.
         schedule: Length and learning rate.
         seed: Source of all randomness.
     """
@@ -94,23 +136,39 @@ class Run:
     def __init__(self, folder: Path, parameters: Mapping[str, Tensor], schedule: Schedule, seed: int) -> None:
         self.folder, self.schedule, self.seed = folder, schedule, seed
         self.parameters = {name: value.requires_grad_() for name, value in parameters.items()}
+        self.device = next(iter(parameters.values())).device
         self.optimizer = Optimizer(self.parameters)
         self.ema = {name: value.detach().clone() for name, value in self.parameters.items()}
-        self.step = 0
+        self.step, self.elapsed_s = 0, 0.0
         self.stopped = False
+        self._unwritten: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "last.safetensors").exists():
             self._load()
 
+    @property
+    def progress(self) -> float:
+        """How much of the schedule is done, from 0 to 1."""
+        return self.schedule.progress(self.step, self.elapsed_s)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule's steps or budget are used up."""
+        return self.progress >= 1
+
     def train(self, objective: Objective, *, until: int | None = None) -> None:
         """Run updates up to ``until`` (default: the schedule's end), logging and saving; stops cleanly on SIGTERM."""
         previous = signal.signal(signal.SIGTERM, self._stop)
-        end = self.schedule.steps if until is None else min(until, self.schedule.steps)
         try:
-            while self.step < end and not self.stopped:
+            before = time.monotonic() - self.elapsed_s
+            while not (self.finished or self.stopped or self.step == until):
                 self._update(objective)
-                if self.step % self.schedule.save_every == 0 or self.step == end or self.stopped:
+                self.elapsed_s = time.monotonic() - before
+                if self.step % self.schedule.save_every == 0:
                     self.save()
+            self.save()
+            if self.finished:
+                mark_finished(self.folder, steps=self.step, seconds=round(self.elapsed_s, 1))
         finally:
             signal.signal(signal.SIGTERM, previous)
 
@@ -123,26 +181,45 @@ class Run:
         self.stopped = True
 
     def _update(self, objective: Objective) -> None:
-        started = time.process_time()
-        values = objective(self.step, step_rng(self.seed, self.step))
+        values = objective(self.step, step_rng(self.seed, self.step, self.device))
         values["loss"].backward()  # type: ignore[no-untyped-call]
-        norm = self.optimizer.step(self.step, self.schedule.rate(self.step))
-        decay = self.schedule.average(self.step)
+        rate = self.schedule.rate(self.step, self.elapsed_s)
+        values["grad_norm"] = self.optimizer.step(self.step, rate)
         with torch.no_grad():
-            for name, value in self.parameters.items():
-                self.ema[name].lerp_(value, 1 - decay)
-        record = {"step": self.step} | {name: round(value.item(), 6) for name, value in values.items()}
-        record |= {"grad_norm": round(norm, 5), "cpu_s": round(time.process_time() - started, 3)}
-        with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(record) + "\n")
+            names = list(self.parameters)
+            averages, current = [self.ema[n] for n in names], [self.parameters[n] for n in names]
+            torch._foreach_lerp_(averages, current, 1 - self.schedule.average(self.step))
+        record = {"step": self.step, "rate": round(rate, 8), "at_s": round(self.elapsed_s, 2)}
+        self._unwritten.append((record, {name: value.detach() for name, value in values.items()}))
         self.step += 1
+        if self.device.type == "cpu" or len(self._unwritten) >= LOG_EVERY:
+            self._write_log()
+
+    def _write_log(self) -> None:
+        """Write the records that are waiting.
+
+        Raises:
+            FloatingPointError: If a loss is not finite.
+        """
+        records = [
+            record | {name: round(value.item(), 6) for name, value in values.items()}
+            for record, values in self._unwritten
+        ]
+        self._unwritten.clear()
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.writelines(json.dumps(record) + "\n" for record in records)
+        for record in records:
+            if not np.isfinite(record["loss"]):
+                raise FloatingPointError(f"{self.folder.name}: the loss of step {record['step']} is {record['loss']}")
 
     def save(self) -> None:
         """Write the checkpoint and the averaged weights, each atomically."""
+        self._write_log()
         tensors = {f"value/{name}": value.detach() for name, value in self.parameters.items()}
         tensors |= {f"ema/{name}": value for name, value in self.ema.items()}
         tensors |= {f"state/{name}": value for name, value in self.optimizer.state.items()}
-        _write(self.folder / "last.safetensors", tensors, {"step": str(self.step), "seed": str(self.seed)})
+        metadata = {"step": str(self.step), "seed": str(self.seed), "elapsed_s": f"{self.elapsed_s:.3f}"}
+        _write(self.folder / "last.safetensors", tensors, metadata)
         _write(self.folder / "ema.safetensors", self.ema, {"step": str(self.step)})
 
     @torch.no_grad()
@@ -156,9 +233,43 @@ class Run:
             raise ValueError(f"{path} does not belong to this model: {sorted(set(targets) ^ set(tensors))[:4]}")
         for name, value in targets.items():
             value.copy_(tensors[name])
-        self.step = int(read_metadata(path)["step"])
+        metadata = read_metadata(path)
+        self.step, self.elapsed_s = int(metadata["step"]), float(metadata["elapsed_s"])
         kept = [record for record in read_log(self.folder) if record["step"] < self.step]
         (self.folder / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+
+
+def mark_finished(folder: Path, **facts: float) -> None:
+    """Say that what ``folder`` holds is complete, for :func:`wait_for`."""
+    part = folder / "finished.part"
+    part.write_text(json.dumps(facts) + "\n")
+    part.replace(folder / "finished.json")
+
+
+def wait_for(folder: Path, name: str = "finished.json") -> None:
+    """Return when the stage that writes ``folder`` has finished (or written ``name``); for stages started together."""
+    while not (folder / name).exists():
+        time.sleep(POLL_S)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt the enclosed work after some seconds; main thread only.
+
+    Raises:
+        TimeoutError: If it took longer.
+    """
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -180,12 +291,40 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     part.replace(path)
 
 
-def background_process(root: Path) -> None:
-    """Lower this process's priority, use one thread, and record its process group in ``root/process_group``.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every stage has."""
+    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--wait", action="store_true", help="prepare, then wait for the stage before")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="wall time after which the stage ends")
+    parser.add_argument("--steps", type=int, help="updates altogether, instead of the stage's own number")
 
-    Benchmarks read that file to pause training (SIGSTOP) while they measure.
+
+def chosen_schedule(arguments: argparse.Namespace, cpu: Schedule, gpu: Schedule) -> Schedule:
+    """Return the schedule of a device, with the steps or the budget that were asked for."""
+    schedule = cpu if arguments.device == "cpu" else gpu
+    given = {"steps": arguments.steps, "budget_s": arguments.budget}
+    return dataclasses.replace(schedule, **{name: value for name, value in given.items() if value is not None})
+
+
+def start_process(arguments: argparse.Namespace) -> Device:
+    """Set up this process for training and return what it computes on.
+
+    On the CPU: one thread at niceness 19, its process group recorded in ``root/process_group``, which benchmarks read
+    to pause training (SIGSTOP) while they measure. On a GPU: bfloat16 products, and TF32 where float32 is asked for.
+
+    Raises:
+        SystemExit: If there is no such device.
     """
-    os.nice(19 - os.nice(0))
-    torch.set_num_threads(1)
+    root: Path = arguments.root
     root.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("--device cuda: this machine has no CUDA device that PyTorch can use")
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        return Device("cuda", bfloat16=True)
+    os.nice(19 - os.nice(0))
     (root / "process_group").write_text(f"{os.getpgrp()}\n")
+    return CPU

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from causal_forcing.config import VaeConfig
-from causal_forcing.flow import sigma_table
+from causal_forcing.flow import SHIFT, TRAIN_STEPS
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
 from causal_forcing.rope import RotaryEmbedding
@@ -54,9 +54,9 @@ class Generator:
         named: dict[str, Tensor] = {f"transformer.{n}": p for n, p in self.transformer.named_parameters()}
         return named | {f"text_encoder.{n}": p for n, p in self.encoder.named_parameters()}
 
-    def embed(self, texts: list[str]) -> Tensor:
-        """Return prompt embeddings ``[N, text_len, text_dim]`` with gradients."""
-        return embed(self.encoder, self.tokenizer, texts, self.preset.text_encoder.text_len)
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return prompt embeddings ``[N, text_len, text_dim]`` of token ids ``[N, L]``, with gradients."""
+        return embed(self.encoder, ids, self.preset.text_encoder.text_len)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -65,16 +65,17 @@ class Generator:
             value.copy_(tensors[name])
 
 
-def new_generator(root: Path, seed: int, preset: Preset | None = None) -> Generator:
-    """Return a seeded generator; the tokenizer is learnt if ``root`` has none yet."""
+def new_generator(root: Path, seed: int, preset: Preset | None = None, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator of seeded weights, the same on every device; ``root`` without tokenizer gets one."""
     preset = preset or get_preset("tiny")
     tokenizer = load_tokenizer(root, preset.text_encoder.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = CausalTransformer(preset.transformer)
         initialise(transformer)
-    rotary = RotaryEmbedding(preset.transformer, GEOMETRY, torch.device("cpu"))
-    return Generator(transformer, trainable_encoder(preset.text_encoder, seed), tokenizer, preset, rotary)
+    rotary = RotaryEmbedding(preset.transformer, GEOMETRY, torch.device(device))
+    encoder = trainable_encoder(preset.text_encoder, seed)
+    return Generator(transformer.to(device), encoder.to(device), tokenizer, preset, rotary)
 
 
 def initialise(transformer: CausalTransformer) -> None:
@@ -96,8 +97,9 @@ def initialise(transformer: CausalTransformer) -> None:
 
 def draw_levels(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return noise levels drawn uniformly from the shifted training table, float32 in (0, 1]."""
-    table = sigma_table()
-    return table[torch.randint(len(table), shape, generator=generator)]
+    row = torch.randint(TRAIN_STEPS, shape, generator=generator, device=generator.device)
+    u = 1 - row / TRAIN_STEPS
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
 def add_noise(clean: Tensor, sigmas: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -108,7 +110,7 @@ def add_noise(clean: Tensor, sigmas: Tensor, generator: torch.Generator) -> tupl
         sigmas: ``[B, F]``.
         generator: Draws the noise.
     """
-    noise = torch.randn(clean.shape, generator=generator)
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
     level = sigmas[:, None, :, None, None]
     return (1 - level) * clean + level * noise, noise - clean
 

@@ -14,7 +14,9 @@ Source: Causal Forcing (arXiv 2602.02214), section on teacher forcing; the mask 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,7 @@ def predict(
     *,
     layout: Layout,
     rotary: RotaryEmbedding,
+    block_pass: BlockPass | None = None,
 ) -> Tensor:
     """Return the velocity of every noisy frame, ``[B, 16, draws * F, h, w]``.
 
@@ -94,27 +97,42 @@ def predict(
         prompts: Of each clip.
         layout: Of this pass.
         rotary: For this frame size.
+        block_pass: What runs a block: None for the function below, or a compiled form of it (:func:`compiled`).
     """
+    block_pass = block_pass or _block
     latents = torch.cat([clean, noisy], dim=2)
     batch, _, total, height, width = latents.shape
     tokens = (height // PATCH) * (width // PATCH)
-    context_time = torch.zeros(batch, clean.shape[2], dtype=timesteps.dtype)
-    embedded, projected = model.embed_time(torch.cat([context_time, timesteps], dim=1).flatten())
-    clean_mask, draw_mask = (mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for mask in layout.masks())
+    times = torch.cat([timesteps.new_zeros(batch, clean.shape[2]), timesteps], dim=1)
+    with torch.autocast(latents.device.type, enabled=False):
+        embedded, projected = model.embed_time(times.flatten())
+    clean_mask, draw_mask = _token_masks(layout, tokens, latents.device)
     memory = _Memory(
         projected.view(batch, total, 1, 6, -1),
-        rotary.rotation([*range(layout.frames)] * (1 + layout.draws)),
+        _rotation(rotary, layout),
         clean_mask,
         draw_mask,
         model.text_embedding(prompts.embeds.flatten(1, 2)),
         _prompt_mask(prompts, 1 + layout.draws, tokens),
     )
-    x = model.embed_patches(latents).view(batch, total, tokens, -1)
+    x = model.embed_patches(latents).float().view(batch, total, tokens, -1)
     for block in model.layers:
-        x = _block(block, x, memory)
+        x = block_pass(block, x, memory)
     shift, scale = (model.head.modulation + embedded.view(batch, total, 1, -1)).unsqueeze(2).unbind(3)
-    x = model.head.head(_modulate(x, shift, scale, model.head.eps)).flatten(1, 2)
+    with torch.autocast(latents.device.type, enabled=False):
+        x = model.head.head(_modulate(x.float(), shift, scale, model.head.eps)).flatten(1, 2)
     return unpatchify(x, latents.shape)[:, :, layout.frames :]
+
+
+@cache
+def _token_masks(layout: Layout, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    clean, draw = (mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for mask in layout.masks())
+    return clean.to(device), draw.to(device)
+
+
+@cache
+def _rotation(rotary: RotaryEmbedding, layout: Layout) -> Rotation:
+    return rotary.rotation([*range(layout.frames)] * (1 + layout.draws))
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ def _prompt_mask(prompts: Prompts, copies: int, tokens: int) -> Tensor | None:
     if count == 1:
         return None
     of_token = prompts.of_frame.repeat(1, copies).repeat_interleave(tokens, 1)
-    of_row = torch.arange(count).repeat_interleave(rows)
+    of_row = torch.arange(count, device=of_token.device).repeat_interleave(rows)
     return (of_token[:, :, None] == of_row)[:, None]
 
 
@@ -178,3 +196,13 @@ def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:
     out = attention.o(_attend(q, attention.keys(memory.text), attention.values(memory.text), memory.text_mask))
     x = x + out.view_as(x)
     return torch.addcmul(x, block.ffn(_modulate(x, shift2, scale2, block.eps)), gate2)
+
+
+BlockPass = Callable[[TransformerBlock, Tensor, _Memory], Tensor]
+"""Runs one block over all frames of a pass."""
+
+
+def compiled() -> BlockPass:
+    """Return the pass through a block as one compiled function, which all blocks share."""
+    function: BlockPass = torch.compile(_block, dynamic=False)
+    return function

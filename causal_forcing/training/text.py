@@ -78,14 +78,17 @@ def trainable_encoder(config: TextEncoderConfig, seed: int) -> nn.Module:
     return encoder.requires_grad_(True)
 
 
-def embed(encoder: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], text_len: int) -> Tensor:
-    """Return prompt embeddings ``[N, text_len, text_dim]`` with gradients; rows past a prompt's end are zero."""
+def token_rows(tokenizer: Tokenizer, texts: Sequence[str], text_len: int) -> Tensor:
+    """Return the token ids of texts, ``[N, L]`` int64, padded to the longest (a multiple of 8)."""
     ids = [tokenizer.encode(clean_prompt(text))[:text_len] for text in texts]
     longest = max(len(row) for row in ids)
     length = min(-(-longest // BUCKET) * BUCKET, text_len)
-    padded = torch.tensor([row + [PAD_ID] * (length - len(row)) for row in ids])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
-    return encode_ids(encoder, padded, mask, text_len)
+    return torch.tensor([row + [PAD_ID] * (length - len(row)) for row in ids])
+
+
+def embed(encoder: nn.Module, ids: Tensor, text_len: int) -> Tensor:
+    """Return prompt embeddings ``[N, text_len, text_dim]`` of ids ``[N, L]``, with gradients; padding rows are zero."""
+    return encode_ids(encoder, ids, (ids != PAD_ID).long(), text_len)
 
 
 def main() -> None:

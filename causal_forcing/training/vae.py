@@ -2,14 +2,16 @@
 
     python -m causal_forcing.training.vae
 
-Reconstruction (L1 and squared error) and a light KL on random clips: mostly 32x32 crops, which give more variety for
-the same arithmetic, then whole frames. Writes ``<root>/vae/ema.safetensors``.
+Reconstruction (L1 and squared error) and a light KL on random clips. On a CPU these are mostly 32x32 crops, which give
+more variety for the same arithmetic, then whole frames; on a GPU always whole frames. Writes
+``<root>/vae/ema.safetensors``.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from causal_forcing.config import VaeConfig
-from causal_forcing.training import whole_clip, world
-from causal_forcing.training.loop import DEFAULT_ROOT, Run, Schedule, StepRandom, background_process
+from causal_forcing.training import drawing, whole_clip, world
+from causal_forcing.training.loop import (
+    CPU,
+    Device,
+    Run,
+    Schedule,
+    StepRandom,
+    add_arguments,
+    chosen_schedule,
+    start_process,
+)
 
 CONFIG = VaeConfig(base_dim=16, num_res_blocks=1)
 """Sizes of the embedded ``wan`` VAE; its latent mean and std are measured by the latents stage."""
@@ -28,53 +39,72 @@ LIGHT_CONFIG = VaeConfig(base_dim=4, num_res_blocks=1)
 """Sizes of the embedded ``lightvae``: a quarter of the channels."""
 
 SCHEDULE = Schedule(steps=1600, learning_rate=3e-3, decay_from=0.4, save_every=25, ema=0.995)
-KL_WEIGHT = 5e-4
-MOST_OBJECTS = 7
+GPU_SCHEDULE = Schedule(steps=4000, learning_rate=3e-3, decay_from=0.4, save_every=1000, ema=0.995, budget_s=75)
+KL_WEIGHT = 1e-3
 OBJECT_CHROMA = 0.2
 OBJECT_WEIGHT = 1.0
 """Extra weight of coloured pixels."""
+
+CROWDED, SPARSE = (2, 7), (1, 3)
+"""Fewest and most objects of a clip, in the first half of a run and after it: with few, most of a clip is background,
+and colour is learnt late."""
 
 CROP = 32
 CROPPED_CLIPS = 8
 WHOLE_CLIPS = 2
 """At least 2: with one clip and one thread PyTorch leaves oneDNN and takes ten times as long (measured)."""
-SHORT_FRAMES, LONG_FRAMES = 9, 17
+GPU_CLIPS = 24
+SHORT_FRAMES, LONG_FRAMES, LONGEST_FRAMES = 9, 17, 25
 WHOLE_FROM = 0.75
-"""Fraction of the run after which every clip is whole (before, one step in four)."""
+"""Fraction of a run on a CPU after which every clip is whole (before, one step in four)."""
+CHANGE_SHARE = 0.25
+"""Share of clips with a sudden change of everything."""
 
 
-def crowded_scene(rng: np.random.Generator) -> world.Scene:
-    """Return a scene of two to seven objects: with one, most of a crop is background and colour is learnt late."""
-    things = tuple(world.draw_thing(rng) for _ in range(int(rng.integers(2, MOST_OBJECTS + 1))))
-    return world.Scene(str(rng.choice(world.BACKGROUNDS)), things)
+@dataclass(frozen=True)
+class Plan:
+    """What a step draws: clips, their pixel frames, and the side of a crop or of the whole frame."""
+
+    clips: int
+    frames: int
+    side: int
+
+    @classmethod
+    def of(cls, step: int, progress: float, device: Device) -> Plan:
+        """Return the plan of a step."""
+        long = step % 8 == 7
+        if device.kind != "cpu":
+            frames = (LONGEST_FRAMES if step % 16 == 7 else LONG_FRAMES) if long else SHORT_FRAMES
+            return cls(max(2, GPU_CLIPS * SHORT_FRAMES // frames), frames, world.SIDE)
+        if progress >= WHOLE_FROM or step % 4 == 3:
+            return cls(WHOLE_CLIPS, LONG_FRAMES if long else SHORT_FRAMES, world.SIDE)
+        return cls(CROPPED_CLIPS, SHORT_FRAMES, CROP)
 
 
-def random_clip(rng: np.random.Generator, frames: int) -> NDArray[np.uint8]:
-    """Return ``[frames, 64, 64, 3]`` uint8 of a random clip, one in four with a sudden change of everything."""
-    scene = crowded_scene(rng)
-    segments = world.draw_clip(rng, scene, frames)
-    if rng.random() < 1 / 4:
-        at = 1 + 4 * int(rng.integers(0, (frames - 1) // 4))
-        segments = world.draw_clip(rng, scene, at) + world.draw_clip(rng, crowded_scene(rng), frames - at)
-    return world.render(segments)
+def random_clips(rng: np.random.Generator, clips: int, frames: int, objects: tuple[int, int]) -> drawing.Pictures:
+    """Return random clips, one in four with a sudden change of everything at the start of a latent frame."""
+    first, second = (drawing.random_pictures(rng, clips, frames, objects) for _ in range(2))
+    at = 1 + 4 * rng.integers(0, max(1, (frames - 1) // 4), size=clips)
+    return first.then(second, np.where(rng.random(clips) < CHANGE_SHARE, at, frames))
+
+
+def batch(step: int, progress: float, rng: np.random.Generator, device: Device = CPU) -> Tensor:
+    """Return the clips of one step, ``[B, 3, T, H, W]`` float32 in [-1, 1]."""
+    plan = Plan.of(step, progress, device)
+    pictures = random_clips(rng, plan.clips, plan.frames, CROWDED if progress < 0.5 else SPARSE)
+    row, column = rng.integers(0, world.SIDE - plan.side + 1, size=2)
+    pixels = drawing.draw(pictures, device.torch)
+    return as_video(pixels[:, :, row : row + plan.side, column : column + plan.side])
+
+
+def as_video(pixels: Tensor) -> Tensor:
+    """Return ``[B, T, H, W, 3]`` uint8 as ``[B, 3, T, H, W]`` float32 in [-1, 1]."""
+    return pixels.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1
 
 
 def to_video(clips: list[NDArray[np.uint8]]) -> Tensor:
-    """Return uint8 clips as ``[B, 3, T, H, W]`` float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
-    return stacked.to(torch.float32) / 127.5 - 1
-
-
-def batch(step: int, rng: np.random.Generator, schedule: Schedule) -> Tensor:
-    """Return the clips of one step."""
-    if step >= WHOLE_FROM * schedule.steps or step % 4 == 3:
-        frames = LONG_FRAMES if step % 8 == 7 else SHORT_FRAMES
-        return to_video([random_clip(rng, frames) for _ in range(WHOLE_CLIPS)])
-    clips = []
-    for _ in range(CROPPED_CLIPS):
-        row, column = rng.integers(0, world.SIDE - CROP + 1, size=2)
-        clips.append(random_clip(rng, SHORT_FRAMES)[:, row : row + CROP, column : column + CROP])
-    return to_video(clips)
+    """Return uint8 clips ``[T, H, W, 3]`` as :func:`as_video`."""
+    return as_video(torch.from_numpy(np.stack(clips)))
 
 
 def pixel_error(drawn: Tensor, video: Tensor) -> dict[str, Tensor]:
@@ -88,34 +118,47 @@ def pixel_error(drawn: Tensor, video: Tensor) -> dict[str, Tensor]:
 
 
 def objective(
-    parameters: Mapping[str, Tensor], config: VaeConfig, video: Tensor, random: StepRandom
+    parameters: Mapping[str, Tensor], config: VaeConfig, video: Tensor, random: StepRandom, device: Device = CPU
 ) -> dict[str, Tensor]:
     """Return the loss of one batch and its parts."""
-    mean, log_variance = whole_clip.encode(parameters, config, video)
-    noise = torch.randn(mean.shape, generator=random.torch)
-    error = pixel_error(whole_clip.decode(parameters, config, mean + (0.5 * log_variance).exp() * noise), video)
+    with device.autocast():
+        mean, log_variance = (part.float() for part in whole_clip.encode(parameters, config, video))
+        noise = torch.randn(mean.shape, generator=random.torch, device=mean.device)
+        drawn = whole_clip.decode(parameters, config, mean + (0.5 * log_variance).exp() * noise)
+    error = pixel_error(drawn.float(), video)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return error | {"loss": error["loss"] + KL_WEIGHT * kl, "kl": kl}
 
 
 def train(
-    root: Path, *, config: VaeConfig = CONFIG, schedule: Schedule = SCHEDULE, seed: int = 1, until: int | None = None
+    root: Path,
+    *,
+    config: VaeConfig = CONFIG,
+    schedule: Schedule = SCHEDULE,
+    seed: int = 1,
+    until: int | None = None,
+    device: Device = CPU,
 ) -> Run:
     """Train (or go on training) in ``root/vae`` and return the run."""
-    run = Run(root / "vae", whole_clip.initial_parameters(config, seed), schedule, seed)
-    run.train(
-        lambda step, random: objective(run.parameters, config, batch(step, random.numpy, schedule), random), until=until
-    )
+    parameters = {name: value.to(device.torch) for name, value in whole_clip.initial_parameters(config, seed).items()}
+    run = Run(root / "vae", parameters, schedule, seed)
+
+    def step_objective(step: int, random: StepRandom) -> dict[str, Tensor]:
+        video = batch(step, run.progress, random.numpy, device)
+        return objective(run.parameters, config, video, random, device)
+
+    run.train(step_objective, until=until)
     return run
 
 
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    root = parser.parse_args().root
-    background_process(root)
-    raise SystemExit(train(root).exit_status)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    device = start_process(arguments)
+    schedule = chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE)
+    raise SystemExit(train(arguments.root, schedule=schedule, device=device).exit_status)
 
 
 if __name__ == "__main__":

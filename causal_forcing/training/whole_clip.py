@@ -4,7 +4,8 @@
 clip. Both read the same state dict (the original Wan names), and a test holds them equal. Clips have ``1 + 4k`` frames.
 
 Tensors are ``[B, C, T, H, W]`` in the channels-last memory format, which the CPU's conv3d runs at near peak when the
-channel counts are multiples of 16 (measured: 55 to 60 GFLOP/s a core, against 25 to 50 for the folded conv2d).
+channel counts are multiples of 16 (measured: 55 to 60 GFLOP/s a core, against 25 to 50 for the folded conv2d). On a GPU
+the frames under a kernel's taps become channels of one two-dimensional convolution instead, as in the streaming VAE.
 
 Source of the graph: Wan-Video/Wan2.1 wan/modules/vae.py, as described in the model specification.
 """
@@ -25,6 +26,8 @@ from causal_forcing.config import VaeConfig
 
 Kind = Literal["conv", "residual", "attention", "down2d", "down3d", "up2d", "up3d", "head", "pointwise"]
 Parameters = Mapping[str, Tensor]
+
+_NORM_EPS = 1e-12
 
 
 @dataclass(frozen=True)
@@ -187,18 +190,54 @@ def _apply(parameters: Parameters, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, gamma: Tensor) -> Tensor:
-    rows = x.movedim(1, -1)
-    return F.rms_norm(rows, rows.shape[-1:], gamma.flatten(), eps=1e-12).movedim(-1, 1)
+    if not _folds(x):
+        rows = x.movedim(1, -1)
+        return F.rms_norm(rows, rows.shape[-1:], gamma.flatten(), eps=_NORM_EPS).movedim(-1, 1)
+    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + _NORM_EPS)
+    return x * scale.to(x.dtype) * gamma.view(1, -1, 1, 1, 1).to(x.dtype)
+
+
+def _folds(x: Tensor) -> bool:
+    """Return whether to convolve in two dimensions."""
+    return x.is_cuda
+
+
+def _as_frames(x: Tensor) -> Tensor:
+    """Return clips ``[B, C, T, H, W]`` as images ``[B * T, C, H, W]``; a view in our memory format."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _as_clips(x: Tensor, batch: int) -> Tensor:
+    """Return images as clips again."""
+    return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _conv_frames(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    """Return a convolution over time, without padding there, as one over images whose channels are all taps'.
+
+    Args:
+        x: ``[B, C, T, H, W]``.
+        weight: ``[O, C, t, y, x]``.
+        bias: ``[O]``.
+        stride: Frames from one result to the next.
+    """
+    taps, results = weight.shape[2], (x.shape[2] - weight.shape[2]) // stride + 1
+    parts = [x[:, :, tap : tap + stride * (results - 1) + 1 : stride] for tap in range(taps)]
+    images = _as_frames(torch.cat(parts, dim=1) if taps > 1 else x)
+    flat = weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    return _as_clips(F.conv2d(images, flat, bias, padding=weight.shape[3] // 2), x.shape[0])
 
 
 def _conv(parameters: Parameters, name: str, x: Tensor) -> Tensor:
     weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
     if weight.ndim == 4:
         weight = weight.unsqueeze(2)
-    weight = weight.contiguous(memory_format=torch.channels_last_3d)
     time, rows = weight.shape[2], weight.shape[3]
     if time > 1:
         x = F.pad(x, (0, 0, 0, 0, time - 1, 0))
+    if _folds(x):
+        return _conv_frames(x, weight, bias)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return F.conv3d(x, weight, bias, padding=(0, rows // 2, rows // 2))
 
 
@@ -228,16 +267,23 @@ def _up(parameters: Parameters, layer: Layer, x: Tensor) -> Tensor:
         even, odd = pairs.chunk(2, dim=1)
         doubled = torch.stack([even, odd], dim=3).flatten(2, 3)
         x = torch.cat([first, doubled], dim=2).contiguous(memory_format=torch.channels_last_3d)
+    if _folds(x):
+        doubled = F.interpolate(_as_frames(x), scale_factor=2, mode="nearest")
+        return _conv(parameters, f"{layer.name}.resample.1", _as_clips(doubled, x.shape[0]))
     x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
     return _conv(parameters, f"{layer.name}.resample.1", x)
 
 
 def _down(parameters: Parameters, layer: Layer, x: Tensor) -> Tensor:
-    weight = parameters[f"{layer.name}.resample.1.weight"].unsqueeze(2)
-    bias = parameters[f"{layer.name}.resample.1.bias"]
-    x = F.conv3d(F.pad(x, (0, 1, 0, 1)), weight, bias, stride=(1, 2, 2))
+    weight, bias = (parameters[f"{layer.name}.resample.1.{part}"] for part in ("weight", "bias"))
+    x = F.pad(x, (0, 1, 0, 1))
+    if _folds(x):
+        flat = weight.contiguous(memory_format=torch.channels_last)
+        x = _as_clips(F.conv2d(_as_frames(x), flat, bias, stride=2), x.shape[0])
+    else:
+        x = F.conv3d(x, weight.unsqueeze(2), bias, stride=(1, 2, 2))
     if layer.kind == "down3d" and x.shape[2] > 1:
-        weight = parameters[f"{layer.name}.time_conv.weight"]
-        bias = parameters[f"{layer.name}.time_conv.bias"]
-        x = torch.cat([x[:, :, :1], F.conv3d(x, weight, bias, stride=(2, 1, 1))], dim=2)
+        weight, bias = (parameters[f"{layer.name}.time_conv.{part}"] for part in ("weight", "bias"))
+        pooled = _conv_frames(x, weight, bias, 2) if _folds(x) else F.conv3d(x, weight, bias, stride=(2, 1, 1))
+        x = torch.cat([x[:, :, :1], pooled], dim=2)
     return x.contiguous(memory_format=torch.channels_last_3d)

@@ -16,7 +16,7 @@ from causal_forcing.engine import Engine
 from causal_forcing.presets import get_preset
 from causal_forcing.tokenizer import FileTokenizer
 from causal_forcing.training import ar, cd, evaluation, export, latents, lightvae, model, vae
-from causal_forcing.training.loop import Run, Schedule, read_log, step_rng
+from causal_forcing.training.loop import CPU, Run, Schedule, read_log, step_rng
 from causal_forcing.training.optimizer import Optimizer, orthogonalise
 from causal_forcing.training.text import train_tokenizer
 
@@ -51,10 +51,10 @@ def small():
         patch.setattr(evaluation, "CLIP_LATENTS", 3)
         patch.setattr(evaluation, "SWITCH_AFTER", 2)
         patch.setattr(evaluation, "SWITCH_WATCH", 2)
+        patch.setattr(ar, "CLIPS", 2)
+        patch.setattr(ar, "WINDOW_FRAMES", 3)
         for stage in (ar, cd):
-            patch.setattr(stage, "CLIPS", 2)
             patch.setattr(stage, "DRAWS", 2)
-            patch.setattr(stage, "WINDOW_FRAMES", 3)
         yield
 
 
@@ -120,7 +120,7 @@ def test_the_vae_learns(tmp_path):
     def loss(parameters):
         random = step_rng(1, UNSEEN)
         with torch.no_grad():
-            return float(vae.objective(parameters, VAE, vae.batch(0, random.numpy, SCHEDULE), random)["loss"])
+            return float(vae.objective(parameters, VAE, vae.batch(0, 0.0, random.numpy), random)["loss"])
 
     long = dataclasses.replace(SCHEDULE, steps=12, learning_rate=1e-2)
     before = vae.train(tmp_path, config=VAE, schedule=long, until=0).parameters
@@ -134,9 +134,10 @@ def test_the_light_vae_learns_the_latents_of_the_large_one(root, tmp_path):
     large = load_file(root / "vae" / "ema.safetensors")
 
     def loss(parameters):
-        video = vae.batch(0, step_rng(1, UNSEEN).numpy, SCHEDULE)
+        random = step_rng(1, UNSEEN)
+        video = vae.batch(0, 0.0, random.numpy)
         with torch.no_grad():
-            return float(lightvae.objective(large, parameters, (VAE, LIGHT), video)["loss"])
+            return float(lightvae.objective(large, parameters, (VAE, LIGHT), video, random)["loss"])
 
     def run(until):
         return lightvae.train(tmp_path, config=LIGHT, large_config=VAE, schedule=long, until=until)
@@ -149,14 +150,14 @@ def test_the_light_vae_learns_the_latents_of_the_large_one(root, tmp_path):
 def test_the_generator_learns(root, tmp_path, bidirectional):
     branch(root, tmp_path)
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2)
-    values = latents.load(root / "latents")
-    layout = ar.Layout(5, 2, window=3, bidirectional=bidirectional)
+    generator = model.new_generator(tmp_path, 4, PRESET)
+    data = ar.load_data(tmp_path, generator, CPU)
 
     def loss(run):
-        generator = model.new_generator(tmp_path, 4, PRESET)
         generator.load(run.parameters)
+        layout = data.layout(2, bidirectional=bidirectional)
         with torch.no_grad():
-            return float(ar.objective(generator, values, layout, step_rng(1, UNSEEN))["loss"])
+            return float(ar.objective(generator, data, layout, step_rng(1, UNSEEN))["loss"])
 
     start = loss(ar.train(tmp_path, preset=PRESET, schedule=long, until=0, bidirectional=bidirectional))
     assert loss(ar.train(tmp_path, preset=PRESET, schedule=long, bidirectional=bidirectional)) < 0.95 * start
@@ -167,14 +168,15 @@ def test_the_student_becomes_consistent(root, tmp_path):
     ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=2e-3)
     run = cd.train(tmp_path, preset=PRESET, schedule=long)
-    values, layout = latents.load(root / "latents"), cd.Layout(5, 2, window=3)
     teacher, student = (model.new_generator(tmp_path, 5, PRESET) for _ in range(2))
+    data = ar.load_data(tmp_path, student, CPU)
     for generator in (teacher, student):
         generator.load(model.load_stage(tmp_path, "ar"))
 
     def loss():
         with torch.no_grad():
-            batches = [cd.objective(teacher, student, values, layout, step_rng(1, UNSEEN + i)) for i in range(4)]
+            draws = [step_rng(1, UNSEEN + i) for i in range(4)]
+            batches = [cd.objective(teacher, student, data, data.layout(2), random) for random in draws]
         return sum(float(batch["loss"]) for batch in batches)
 
     start = loss()

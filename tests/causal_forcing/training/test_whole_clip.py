@@ -59,3 +59,16 @@ def test_initial_parameters_are_seeded():
     config = dataclasses.replace(VaeConfig(base_dim=4), num_res_blocks=1)
     first, again = whole_clip.initial_parameters(config, 1), whole_clip.initial_parameters(config, 1)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@torch.no_grad()
+def test_folding_time_into_channels_changes_nothing(monkeypatch):
+    config = VaeConfig(base_dim=4, num_res_blocks=1, **UNIT)
+    parameters = random_parameters(config)
+    video = torch.rand(2, 3, 13, 32, 32) * 2 - 1
+    mean, _ = whole_clip.encode(parameters, config, video)
+    drawn = whole_clip.decode(parameters, config, mean)
+    monkeypatch.setattr(whole_clip, "_folds", lambda _x: True)
+    folded, _ = whole_clip.encode(parameters, config, video)
+    torch.testing.assert_close(folded, mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole_clip.decode(parameters, config, folded), drawn, atol=1e-4, rtol=1e-4)
