@@ -82,13 +82,13 @@ def _tiny(config: ServiceConfig, chunks: int) -> tuple[list[float], list[float]]
 
 
 def _simulated(config: ServiceConfig, chunks: int) -> tuple[list[float], list[float]]:
-    from serve.frames import FrameFormat
+    from serve.frames import FrameFormat, new_encoder
     from serve.simulated import SimulatedDecoder, SimulatedGenerator
-    from serve.vae_decoder import encode_all
 
     session_config = config.model_preset.session_config()
     generator, decoder = SimulatedGenerator(config).open(session_config), SimulatedDecoder(config)
     stream = decoder.open(session_config.height, session_config.width)
+    encoder = new_encoder(FrameFormat(), session_config.height, session_config.width, decoder.min_frame_bytes)
     made, decoded = [], []
     start = time.perf_counter()
     generator.update_prompt(PROMPT, [])
@@ -96,7 +96,8 @@ def _simulated(config: ServiceConfig, chunks: int) -> tuple[list[float], list[fl
         chunk = generator.generate(lambda: False)
         assert chunk is not None
         made.append(time.perf_counter() - start)
-        encode_all(stream.decode(chunk.latents), FrameFormat(), decoder.min_frame_bytes)
+        for number, pixels in enumerate(stream.decode(chunk.latents)):
+            encoder.encode(pixels, number, keyframe=False)
         decoded.append(time.perf_counter() - start)
     return made, decoded
 
