@@ -59,6 +59,28 @@ class IdentityConfig(Section):
         return self
 
 
+class ModerationConfig(Section):
+    """A hook of the operator's that sees prompts and start images before anything is made of them.
+
+    Attributes:
+        hook: ``module:function`` that is called in the gateway (see :mod:`serve.moderation`).
+        url: HTTP endpoint that is asked instead.
+        timeout_s: How long a verdict may take.
+        on_failure: What happens to a request whose verdict fails or does not come in time.
+    """
+
+    hook: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 2
+    on_failure: Literal["allow", "refuse"] = "refuse"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.hook is None) == (self.url is None):
+            raise ValueError("exactly one of hook and url must be given")
+        return self
+
+
 class UsageConfig(Section):
     """Where records of what sessions used go: a JSON line a session.
 
@@ -68,3 +90,15 @@ class UsageConfig(Section):
     """
 
     file: Annotated[str, Field(min_length=1)]
+
+
+class LogConfig(Section):
+    """The processes' logs.
+
+    Attributes:
+        format: ``text`` for people, ``json`` an object a line.
+        level: The least severe records that are written.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -15,7 +15,7 @@ from causal_forcing.errors import InvalidRequest, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
 
-from .access_config import IdentityConfig, UsageConfig
+from .access_config import IdentityConfig, LogConfig, ModerationConfig, UsageConfig
 from .section import Section
 
 if TYPE_CHECKING:
@@ -316,7 +316,9 @@ class ServiceConfig(Section):
         http_port: Port of the HTTP proxy (health and readiness).
         placement: Which nodes of a cluster run what.
         identity: How callers are told apart.
+        moderation: Who looks at prompts and start images before they are shown; None: nobody.
         usage: Where records of what sessions used go; None: nowhere.
+        logs: The processes' logs.
     """
 
     preset: str = "tiny"
@@ -337,7 +339,9 @@ class ServiceConfig(Section):
     vae_decoder: VaeDecoderConfig = VaeDecoderConfig()
     placement: Placement = Placement()
     identity: IdentityConfig = IdentityConfig()
+    moderation: ModerationConfig | None = None
     usage: UsageConfig | None = None
+    logs: LogConfig = LogConfig()
     simulated: SimulatedConfig | None = None
 
     @model_validator(mode="after")

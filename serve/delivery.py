@@ -10,6 +10,7 @@ from .messages import Decoded, GeneratedChunk
 from .outbox import ChunkCosts, Outbox
 from .prompt_feed import PromptFeed
 from .requests import SessionRequest
+from .usage import Spent
 
 
 class Delivery:
@@ -20,7 +21,10 @@ class Delivery:
         is_complete: Whether the video has the length, or the bytes, that were asked for.
     """
 
-    def __init__(self, request: SessionRequest, link: DecoderLink, feed: PromptFeed, outbox: Outbox) -> None:
+    def __init__(
+        self, request: SessionRequest, link: DecoderLink, feed: PromptFeed, outbox: Outbox, spent: Spent
+    ) -> None:
+        self._spent = spent
         self._request = request
         self._link = link
         self._feed = feed
@@ -55,6 +59,7 @@ class Delivery:
         decoded = await self._link.decode(
             chunk, first_frame=self._outbox.next_frame, encode=sends, keyframe=sends and self._keyframe
         )
+        self._spent.chunk(chunk, decoded)
         text_s = self._feed.applied(len(chunk.superseded)) if chunk.prompt_applied else 0.0
         if sends:
             self._send(chunk, decoded, ChunkCosts.of(chunk, decoded, text_s, time.perf_counter() - arrived))

@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError
 from .admission_actor import QueueView
 from .detached import detached
 from .errors import Unavailable
+from .logs import LOGGER
 from .messages import Claim, Place, Progress, SessionView, Share, Ticket
-from .status import LOGGER
 
 TELL_EVERY_S = 5.0
 """How often a waiting session is told where it stands while nothing changes."""
@@ -44,10 +44,10 @@ class Carrier(Protocol):
 class AdmissionDesk:
     """A gateway's end: joins sessions to the queue and tells them where they stand."""
 
-    def __init__(self, actor: Any, gateway_id: str, carrier: Carrier | None = None) -> None:  # noqa: ANN401  (ray's)
+    def __init__(self, actor: Any, gateway_id: str) -> None:  # noqa: ANN401  (ray's handles are untyped)
         self._actor = actor
         self._gateway_id = gateway_id
-        self._carrier = carrier
+        self._carrier: Carrier | None = None
         self._tickets: dict[str, Ticket] = {}
         self._started_s: dict[str, float] = {}
         self._places: dict[str, Place] = {}
@@ -55,6 +55,10 @@ class AdmissionDesk:
         self._news = asyncio.Event()
         self._epoch, self._version = "", -1
         self._loop: asyncio.Task[None] | None = None
+
+    def carry(self, carrier: Carrier) -> None:
+        """Say whose sessions these are, so that admission hears what they have had."""
+        self._carrier = carrier
 
     async def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue and yield where the session stands: at once, on every change, and every few seconds.

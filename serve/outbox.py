@@ -52,11 +52,13 @@ class Outbox:
         next_frame: Index of the next pixel frame; frames sent and dropped so far.
         byte_count: Bytes of frames so far.
         nbytes: Bytes of frames that have not been taken yet.
+        chunk_count: Chunks so far.
+        dropped_frame_count: Pixel frames left out so far.
     """
 
     def __init__(self) -> None:
         self.sent = self.next_frame = self.byte_count = self.nbytes = 0
-        self._chunks = self._dropped_frames = 0
+        self.chunk_count = self.dropped_frame_count = 0
         self._dropping: pb.FramesDropped | None = None
         self._is_over = False
         self._queue: asyncio.Queue[pb.StreamVideoResponse | None] = asyncio.Queue()
@@ -70,6 +72,11 @@ class Outbox:
             raise StopAsyncIteration
         self.nbytes -= len(message.frame.data)
         return message
+
+    @property
+    def frame_count(self) -> int:
+        """Pixel frames so far."""
+        return self.next_frame - self.dropped_frame_count
 
     def close(self) -> None:
         """End the iteration after what was sent."""
@@ -116,7 +123,7 @@ class Outbox:
         frames = decoded.frames or ()
         for number, frame in enumerate(frames):
             self._frame(frame, chunk, costs if number == len(frames) - 1 else None)
-        self._chunks += 1
+        self.chunk_count += 1
 
     def drop(self, chunk: GeneratedChunk) -> None:
         """Leave a chunk out: the frames are told of before the next ones that are sent, its prompt at once."""
@@ -125,7 +132,7 @@ class Outbox:
             self._dropping = pb.FramesDropped(first_frame_index=self.next_frame, first_chunk_index=chunk.index)
         self._dropping.frame_count += chunk.frame_count
         self._dropping.chunk_count += 1
-        self._dropped_frames += chunk.frame_count
+        self.dropped_frame_count += chunk.frame_count
         self.next_frame += chunk.frame_count
 
     def ended(self, reason: pb.EndReason, duration_s: float) -> None:
@@ -133,10 +140,10 @@ class Outbox:
         self._flush_dropped()
         ended = pb.SessionEnded(
             reason=reason,
-            chunk_count=self._chunks,
-            frame_count=self.next_frame - self._dropped_frames,
+            chunk_count=self.chunk_count,
+            frame_count=self.frame_count,
             byte_count=self.byte_count,
-            dropped_frame_count=self._dropped_frames,
+            dropped_frame_count=self.dropped_frame_count,
         )
         ended.duration.FromNanoseconds(duration_ns(duration_s))
         self._send(session_ended=ended)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from causal_forcing.errors import CausalForcingError
 from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 
@@ -24,7 +26,9 @@ from .decoding import DecoderLink
 from .delivery import Delivery
 from .detached import detached
 from .errors import Unavailable
+from .guard import Guard, OpenGuard
 from .inputs import Input
+from .logs import bind, bound
 from .memory import SessionMemory
 from .messages import (
     Credit,
@@ -33,8 +37,8 @@ from .messages import (
     LeaseEvent,
     LeaseRequest,
     LeaseStarted,
+    Progress,
     SetPaused,
-    Share,
     StartFrom,
     Stop,
 )
@@ -45,6 +49,7 @@ from .prompt_feed import PromptFeed
 from .protocol import ClientEvent
 from .requests import SessionRequest
 from .status import FailedElsewhere, failure_of
+from .usage import Spent
 
 LEASE_S = 8.0
 """How long a granted generator may take to begin; then the session goes back to its place in the queue."""
@@ -56,7 +61,16 @@ STOP_S = 3.0
 class LiveSession:
     """Drives one call from its first message to its last."""
 
-    def __init__(self, session_id: str, service: ServiceConfig, backends: Backends, client: Input) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        service: ServiceConfig,
+        backends: Backends,
+        client: Input,
+        guard: Guard | None = None,
+    ) -> None:
+        self._guard = guard or OpenGuard()
+        self._spent = Spent()
         self._session_id = session_id
         self._service = service
         self._limits = service.limits
@@ -65,10 +79,13 @@ class LiveSession:
         self._outbox = Outbox()
         self._patience = Patience(service.limits)
         self._line = ControlLine(backends, session_id)
-        self._feed = PromptFeed(backends, self._line, service.limits.max_pending_prompts)
+        limit = service.limits.max_pending_prompts
+        self._feed = PromptFeed(backends, self._line, limit, self._guard.check, self._spent)
         self._moves = Moves(service.limits)
         self._memory: SessionMemory | None = None
         self._is_ending = self._has_generator = False
+        self._ended_by: CausalForcingError | None = None
+        self._driver: asyncio.Task[None] | None = None
         self._streaming: asyncio.Task[pb.EndReason] | None = None
         self._link: DecoderLink | None = None
         self._delivery: Delivery | None = None
@@ -78,9 +95,28 @@ class LiveSession:
         """Memory that the session's latents and unsent messages take in this process."""
         return self._outbox.nbytes + (self._memory.nbytes if self._memory is not None else 0)
 
+    def progress(self) -> Progress:
+        """Return what the session has had so far."""
+        outbox, patience = self._outbox, self._patience
+        return Progress(
+            is_paused=patience.is_paused,
+            chunk_count=outbox.chunk_count,
+            frame_count=outbox.frame_count,
+            byte_count=outbox.byte_count,
+            dropped_frame_count=outbox.dropped_frame_count,
+            held_s=patience.duration_s,
+            **asdict(self._spent),
+        )
+
+    def end(self, error: CausalForcingError) -> None:
+        """End the session with an error that has its reason outside of it; without effect when it is ending."""
+        if self._driver is not None and not self._is_ending:
+            self._ended_by = error
+            self._driver.cancel()
+
     async def messages(self) -> AsyncGenerator[pb.StreamVideoResponse]:
         """Yield what the client is told; the last message is SessionEnded or Error. Closing it ends the session."""
-        driver = detached(self._drive())
+        driver = self._driver = detached(self._drive(bound()))
         try:
             async for message in self._outbox:
                 yield message
@@ -89,7 +125,8 @@ class LiveSession:
                 driver.cancel()
             await asyncio.wait([driver])
 
-    async def _drive(self) -> None:
+    async def _drive(self, log_fields: Mapping[str, str]) -> None:
+        bind(**log_fields)  # this task is detached, and so are its context's variables
         try:
             reason = await self._run()
             self._is_ending = True
@@ -97,6 +134,11 @@ class LiveSession:
         except Exception as error:  # noqa: BLE001  (the gRPC boundary: every error becomes a message)
             self._is_ending = True
             self._outbox.failed(failure_of(error))
+        except asyncio.CancelledError:
+            if self._ended_by is None:
+                raise
+            self._is_ending = True
+            self._outbox.failed(failure_of(self._ended_by))
         finally:
             self._is_ending = True
             try:
@@ -107,11 +149,12 @@ class LiveSession:
     async def _run(self) -> pb.EndReason:
         """Return why the session ended well, or raise why it did not."""
         request = await self._client.request()
+        await self._guard.admit(request)
         self._patience = Patience(self._limits, expects_messages=request.goal is None)
         self._memory = SessionMemory(request.config)
         self._link = DecoderLink(self._backends, self._session_id, self._memory, request.format)
-        self._delivery = Delivery(request, self._link, self._feed, self._outbox)
-        self._feed.submit(request.prompt)
+        self._delivery = Delivery(request, self._link, self._feed, self._outbox, self._spent)
+        self._feed.submit(request.prompt, is_checked=True)
         self._streaming = asyncio.create_task(self._stream(request, self._delivery, self._memory))
         work = (self._read(request, self._delivery), self._hand_on(request), self._watch())
         helpers = [asyncio.create_task(coroutine) for coroutine in work]
@@ -216,7 +259,7 @@ class LiveSession:
         self, request: SessionRequest, memory: SessionMemory
     ) -> tuple[AsyncGenerator[LeaseEvent], str]:
         waiting_since = time.monotonic()
-        wanted = claim(self._session_id, request, Share(), self._service)
+        wanted = claim(self._session_id, request, self._guard.share, self._service)
         async with contextlib.aclosing(self._backends.places(wanted)) as places:
             async for place in places:
                 if not place.replica_id or not self._outbox.sent:

@@ -6,6 +6,8 @@
 | SessionStateError | FAILED_PRECONDITION | its own, e.g. CONFIG_NOT_FIRST |
 | NoCapacity | RESOURCE_EXHAUSTED | its own, e.g. NO_SESSION_SLOT; with a time to retry |
 | ClientGone | ABORTED | CLIENT_SILENT, CLIENT_TOO_SLOW |
+| EndedByOperator | ABORTED | SESSION_ENDED_BY_OPERATOR |
+| NoSuchSession | NOT_FOUND | NO_SUCH_SESSION |
 | Unauthenticated | UNAUTHENTICATED | BAD_CREDENTIALS |
 | NotAllowed | PERMISSION_DENIED | its own, e.g. NOT_SESSION_OWNER |
 | Unavailable | UNAVAILABLE | GENERATOR_LOST, DECODER_LOST, ...; with a time to retry |
@@ -20,7 +22,6 @@ leaves the process.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from dataclasses import dataclass, field
 
@@ -42,7 +43,8 @@ from causal_forcing.errors import (
 )
 from protos.causal_forcing.v1 import video_pb2 as pb
 
-from .errors import ClientGone, NotAllowed, Unauthenticated, Unavailable
+from .errors import ClientGone, EndedByOperator, NoSuchSession, NotAllowed, Unauthenticated, Unavailable
+from .logs import LOGGER
 
 DOMAIN = "causal-forcing"
 """Domain of our reasons in ``google.rpc.ErrorInfo``."""
@@ -53,14 +55,13 @@ RETRY_AFTER_S = 2.0
 MAX_DETAILS = 1000
 """Longest status text; trailers are limited to a few kilobytes."""
 
-LOGGER = logging.getLogger("ray.serve")
-"""Serve's logger: its records carry the replica and the request."""
-
 _CODES: dict[type[CausalForcingError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     SessionStateError: grpc.StatusCode.FAILED_PRECONDITION,
     NoCapacity: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ClientGone: grpc.StatusCode.ABORTED,
+    EndedByOperator: grpc.StatusCode.ABORTED,
+    NoSuchSession: grpc.StatusCode.NOT_FOUND,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,

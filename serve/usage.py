@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from .access_config import UsageConfig
-from .messages import Progress
-from .status import LOGGER
+from .logs import LOGGER
+from .messages import Decoded, GeneratedChunk, Progress
 
 VERSION: Final = 1
 """Of the record; rises when a field changes its meaning or goes."""
@@ -27,14 +27,33 @@ STDOUT: Final = 1
 
 
 @dataclass
-class Meter:
-    """Adds up what a running session takes; the fields are those of :class:`Progress`."""
+class Spent:
+    """Adds up what a running session takes of devices, in seconds.
+
+    Attributes:
+        prompt_count: Prompts it was given.
+        text_s: In text encoders.
+        denoise_s: In generators.
+        decode_s: In decoders, rebuilt caches included.
+        encode_s: In decoders, on the frames' encoding.
+    """
 
     prompt_count: int = 0
     text_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
     encode_s: float = 0.0
+
+    def prompt(self, text_s: float) -> None:
+        """Add a prompt."""
+        self.prompt_count += 1
+        self.text_s += text_s
+
+    def chunk(self, chunk: GeneratedChunk, decoded: Decoded) -> None:
+        """Add a chunk."""
+        self.denoise_s += chunk.denoise_s
+        self.decode_s += decoded.decode_s + decoded.prime_s
+        self.encode_s += decoded.encode_s
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from causal_forcing.errors import InvalidRequest
 
+from .logs import LOGGER
 from .section import Section
-from .status import LOGGER
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Section)

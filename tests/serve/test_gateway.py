@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from causal_forcing.errors import NoCapacity
-from serve.gateway import set_status
+from serve.gateway_service import set_status
 from serve.status import GATEWAY_LOST, failure_of
 
 
