@@ -28,6 +28,7 @@ from .detached import detached
 from .device import StepClock, end_process, run_within
 from .engines import GeneratorEngine, GeneratorSession, load_generator
 from .errors import Unavailable
+from .logs import LOGGER
 from .messages import (
     Control,
     Credit,
@@ -46,7 +47,7 @@ from .messages import (
 )
 from .pace import Pace
 from .reporter import Reporter
-from .status import LOGGER, failure_of
+from .status import failure_of
 
 POLL_S = 2.0
 """How long one poll of the mailbox waits; the next one also says that this process is not frozen."""

@@ -15,7 +15,7 @@ from typing import Any
 from ray.exceptions import RayActorError, RayError
 
 from .detached import detached
-from .status import LOGGER
+from .logs import LOGGER
 
 LOOK_EVERY_S = 1.0
 """Pause between two looks at the mailbox."""

@@ -22,6 +22,7 @@ leaves the process.
 
 from __future__ import annotations
 
+import traceback
 import uuid
 from dataclasses import dataclass, field
 
@@ -51,6 +52,9 @@ DOMAIN = "causal-forcing"
 
 RETRY_AFTER_S = 2.0
 """What a client is told to wait where nothing better is known."""
+
+MAX_CAUSES = 5
+"""Causes of an unexpected error that are logged."""
 
 MAX_DETAILS = 1000
 """Longest status text; trailers are limited to a few kilobytes."""
@@ -146,7 +150,7 @@ def failure_of(error: BaseException) -> Failure:
     known = _known(error)
     if known is None:
         error_id = new_error_id()
-        LOGGER.error("error %s", error_id, exc_info=error)
+        LOGGER.error("error %s: %s", error_id, _where(error))
         message = f"an unexpected error; please report its id, {error_id}"
         return Failure("INTERNAL", "UNEXPECTED", message, error_id=error_id)
     code = next(code for kind, code in _CODES.items() if isinstance(known, kind))
@@ -157,7 +161,8 @@ def failure_of(error: BaseException) -> Failure:
     can_retry = known.retryable or is_fault  # the replica is replaced, so even a lack of memory may be over
     retry = float(metadata.pop("retry_after_s", RETRY_AFTER_S)) if can_retry else None
     failure = Failure(code.name, reason, known.message, metadata, retry)
-    LOGGER.warning("error %s: %s", failure.error_id, failure.details)
+    shown = f"{reason}: {metadata['field']}" if isinstance(known, InvalidRequest) else failure.details
+    LOGGER.warning("error %s: %s", failure.error_id, shown)  # never a client's own value, which may be a prompt
     return failure
 
 
@@ -167,6 +172,19 @@ class FailedElsewhere(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.details)
         self.failure = failure
+
+
+def _where(error: BaseException) -> str:
+    """Return the kinds of an error and its causes, and where each was raised; their texts may hold a prompt."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < MAX_CAUSES:
+        frames = traceback.extract_tb(cause.__traceback__)
+        parts.append(
+            " < ".join([type(cause).__name__, *(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames))])
+        )
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return "; from ".join(parts)
 
 
 def _known(error: BaseException) -> CausalForcingError | None:

@@ -240,9 +240,15 @@ class Carried:
         self.ended.put_nowait(session_id)
 
 
+def carrying(actor: Remote, name: str, carried: Carried) -> AdmissionDesk:
+    desk = AdmissionDesk(actor, name)
+    desk.carry(carried)
+    return desk
+
+
 async def test_any_gateway_knows_every_session_and_can_have_it_ended(actor: Remote) -> None:
     carried = Carried(a=Progress(frame_count=9))
-    here, there = AdmissionDesk(actor, "gw1", carried), AdmissionDesk(actor, "gw2")
+    here, there = carrying(actor, "gw1", carried), AdmissionDesk(actor, "gw2")
     assert await next_place(here.places(Claim("a", Share("studio")))) == Place(0)
     views = await until(there.sessions, lambda views: views[0].progress.frame_count)
     assert (views[0].session_id, views[0].tenant, views[0].is_running) == ("a", "studio", False)
@@ -254,7 +260,7 @@ async def test_any_gateway_knows_every_session_and_can_have_it_ended(actor: Remo
 
 
 async def test_after_a_death_every_session_is_known_again(actor: Remote) -> None:
-    desk = AdmissionDesk(actor, "gw", Carried(a=Progress(frame_count=9)))
+    desk = carrying(actor, "gw", Carried(a=Progress(frame_count=9)))
     places = desk.places(Claim("a", Share("studio")))
     assert await next_place(places) == Place(0)
     actor.kill()
@@ -284,7 +290,7 @@ async def test_new_shares_reach_admission(actor: Remote) -> None:
 async def test_the_sessions_of_a_dead_gateway_are_billed_from_what_it_told_last(tmp_path: Path) -> None:
     file = tmp_path / "usage.jsonl"
     remote = Remote(usage=UsageConfig(file=str(file)))
-    desk = AdmissionDesk(remote, "gw", Carried(a=Progress(frame_count=9)))
+    desk = carrying(remote, "gw", Carried(a=Progress(frame_count=9)))
     assert await next_place(desk.places(Claim("a", Share("studio")))) == Place(0)
     await until(desk.sessions, lambda views: views[0].progress.frame_count)
     desk.close()
