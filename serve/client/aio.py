@@ -18,8 +18,10 @@ from protos.causal_forcing.v1 import video_pb2_grpc
 from .events import (
     ChunkTimings,
     Ended,
+    Ending,
     Event,
     Frame,
+    FramesDropped,
     Moved,
     PromptApplied,
     Queued,
@@ -97,6 +99,7 @@ class AsyncVideoSession:
         self._prompt_numbers = itertools.count(1)
         self._next_sequence = 0
         self._parts: list[bytes] = []
+        self._init_segment = b""
         self._to_ack: int | None = None
         self._config = pb.SessionConfig()
         self._pinging: asyncio.Task[None] | None = None
@@ -124,6 +127,18 @@ class AsyncVideoSession:
         update.prompt_id = update.prompt_id or f"prompt-{number}"
         await self._write(pb.StreamVideoRequest(prompt=update))
         return update.prompt_id
+
+    async def pause(self) -> None:
+        """Let the session rest after the chunks under way; the server ends one that rests for too long."""
+        await self._write(pb.StreamVideoRequest(pause=pb.Pause()))
+
+    async def resume(self) -> None:
+        """Go on after a pause."""
+        await self._write(pb.StreamVideoRequest(resume=pb.Resume()))
+
+    async def request_keyframe(self) -> None:
+        """Ask that the next chunk begin with a frame that can be decoded by itself."""
+        await self._write(pb.StreamVideoRequest(request_keyframe=pb.RequestKeyframe()))
 
     async def end(self) -> None:
         """Ask for the end; the iteration goes on until the server's Ended."""
@@ -189,6 +204,8 @@ class AsyncVideoSession:
             case "session_moved":
                 moved = message.session_moved
                 return Moved(moved.chunk_index, moved.frame_index, moved.reason, seconds(moved.interruption))
+            case "frames_dropped" | "session_ending":
+                return _warning(message)
             case "session_ended":
                 ended = message.session_ended
                 reason = pb.EndReason.Name(ended.reason).removeprefix("END_REASON_")
@@ -201,6 +218,8 @@ class AsyncVideoSession:
     def _frame(self, part: pb.VideoFrame) -> Frame | None:
         """Return a frame when its last part has come."""
         self._parts.append(part.data)
+        if part.part_index == 0:
+            self._init_segment = part.init_segment
         if part.part_index < part.part_count - 1:
             return None
         data, self._parts = b"".join(self._parts), []
@@ -208,7 +227,8 @@ class AsyncVideoSession:
         if part.last_in_chunk:
             self._to_ack = part.chunk_index
             spent = part.timings
-            timings = ChunkTimings(seconds(spent.denoise), seconds(spent.decode), seconds(spent.encode))
+            taken = (spent.denoise, spent.decode, spent.encode, spent.queue, spent.text)
+            timings = ChunkTimings(*map(seconds, taken))
         return Frame(
             chunk_index=part.chunk_index,
             frame_index=part.frame_index,
@@ -218,4 +238,14 @@ class AsyncVideoSession:
             height=self._config.height,
             width=self._config.width,
             timings=timings,
+            keyframe=part.keyframe,
+            init_segment=self._init_segment,
         )
+
+
+def _warning(message: pb.StreamVideoResponse) -> FramesDropped | Ending:
+    if message.HasField("session_ending"):
+        return Ending(seconds(message.session_ending.remaining))
+    dropped = message.frames_dropped
+    frames = (dropped.first_frame_index, dropped.frame_count)
+    return FramesDropped(*frames, dropped.first_chunk_index, dropped.chunk_count)

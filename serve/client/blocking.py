@@ -85,6 +85,18 @@ class VideoSession:
         """Change the prompt; return the name that PromptApplied and frames will carry."""
         return self._client._wait(self._session.update_prompt(prompt))
 
+    def pause(self) -> None:
+        """Let the session rest after the chunks under way; the server ends one that rests for too long."""
+        self._client._wait(self._session.pause())
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._client._wait(self._session.resume())
+
+    def request_keyframe(self) -> None:
+        """Ask that the next chunk begin with a frame that can be decoded by itself."""
+        self._client._wait(self._session.request_keyframe())
+
     def end(self) -> None:
         """Ask for the end; the iteration goes on until the server's Ended."""
         self._client._wait(self._session.end())

@@ -24,6 +24,9 @@ CODECS = {
 }
 """Codec names and what the protocol calls them."""
 
+STILL_CODECS = ("jpeg", "png", "raw_rgb24")
+"""Codecs whose frames are pictures by themselves."""
+
 PACINGS = {"realtime": pb.PACING_REALTIME, "as_fast_as_possible": pb.PACING_AS_FAST_AS_POSSIBLE}
 """Pacing names and what the protocol calls them."""
 
@@ -149,12 +152,42 @@ class PromptApplied:
 
 
 @dataclass(frozen=True)
+class FramesDropped:
+    """Frames that were made and not sent, because this client did not keep up.
+
+    Attributes:
+        first_frame_index: The first of them.
+        frame_count: How many.
+        first_chunk_index: The first chunk they belong to.
+        chunk_count: How many chunks.
+    """
+
+    first_frame_index: int
+    frame_count: int
+    first_chunk_index: int
+    chunk_count: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The session will reach its longest length.
+
+    Attributes:
+        remaining_s: What is left.
+    """
+
+    remaining_s: float
+
+
+@dataclass(frozen=True)
 class ChunkTimings:
-    """Where the time of a chunk went, in seconds."""
+    """Where the time of a chunk went, in seconds (see the protocol's ChunkTimings)."""
 
     denoise_s: float
     decode_s: float
     encode_s: float
+    queue_s: float = 0.0
+    text_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -170,6 +203,8 @@ class Frame:
         height: Pixel rows.
         width: Pixel columns.
         timings: Of the chunk, with its last frame; None with the others.
+        keyframe: Whether it can be decoded without those before it; only H.264 has others.
+        init_segment: What a player of fragmented MP4 needs before ``data``; mostly empty.
     """
 
     chunk_index: int
@@ -180,6 +215,8 @@ class Frame:
     height: int
     width: int
     timings: ChunkTimings | None
+    keyframe: bool = True
+    init_segment: bytes = b""
 
     @property
     def last_in_chunk(self) -> bool:
@@ -187,7 +224,13 @@ class Frame:
         return self.timings is not None
 
     def pixels(self) -> Pixels:
-        """Return ``[H, W, 3]`` uint8 RGB."""
+        """Return ``[H, W, 3]`` uint8 RGB.
+
+        Raises:
+            ValueError: If the codec is H.264, whose frames need the ones before them: give their data to a decoder.
+        """
+        if self.codec not in STILL_CODECS:
+            raise ValueError(f"a frame of {self.codec} is not a picture by itself")
         from serve.frames import Codec, decode_frame
 
         return decode_frame(Codec(self.codec), self.data, self.height, self.width)
@@ -229,7 +272,7 @@ class Moved:
     interruption_s: float
 
 
-Event = Queued | Started | PromptApplied | Frame | Moved | Ended
+Event = Queued | Started | PromptApplied | Frame | Moved | FramesDropped | Ending | Ended
 """What a session yields."""
 
 

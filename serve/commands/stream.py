@@ -11,7 +11,7 @@ from causal_forcing.geometry import FRAMES_PER_SECOND
 from causal_forcing.prompts import SwitchPolicy
 from causal_forcing.script import ScriptLine, build_update, parse_duration, parse_prompt, read_script
 from serve.client import StreamOptions, VideoClient, VideoServiceError
-from serve.client.events import CODECS
+from serve.client.events import PACINGS, STILL_CODECS
 from serve.commands.viewing import Viewer
 
 DEFAULT_SECONDS = 5.0
@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", metavar="T,T,...", help="denoising steps, descending, e.g. 1000,750,500,250")
     parser.add_argument("--window", type=int, metavar="FRAMES", help="latent frames that the model looks back on")
     parser.add_argument("--sink", type=int, metavar="FRAMES", help="earliest latent frames that it never forgets")
-    parser.add_argument("--codec", choices=list(CODECS), default="jpeg", help="how frames travel (default jpeg)")
+    parser.add_argument("--codec", choices=list(STILL_CODECS), default="jpeg", help="how frames travel (default jpeg)")
     parser.add_argument("--jpeg-quality", type=int, help="1 to 100 (default 90)")
     parser.add_argument("--credit", type=int, metavar="CHUNKS", help="chunks the server may be ahead (default 2)")
+    parser.add_argument("--pacing", choices=list(PACINGS), help="whether to keep the video's time (default realtime)")
     parser.add_argument("--quiet", action="store_true", help="print the numbers only")
 
 
@@ -107,6 +108,7 @@ def stream_options(args: argparse.Namespace, first: ScriptLine) -> StreamOptions
         codec=args.codec,
         jpeg_quality=args.jpeg_quality,
         credit_chunks=args.credit,
+        pacing=args.pacing,
     )
 
 

@@ -13,8 +13,10 @@ from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
 from serve.client import (
     AsyncVideoClient,
     Ended,
+    Ending,
     Event,
     Frame,
+    FramesDropped,
     Moved,
     PromptApplied,
     Queued,
@@ -74,6 +76,53 @@ async def test_a_move_to_another_generator_is_an_event_between_frames() -> None:
     assert isinstance(after, Frame)
     assert (after.chunk_index, after.frame_index) == (3, 9)
     assert backends.is_clean
+
+
+async def test_a_paused_h264_session_goes_on_with_the_keyframe_that_was_asked_for() -> None:
+    backends, frames = FakeBackends(), list[Frame]()
+    options = StreamOptions(
+        "a fox", codec="h264_fmp4", pacing="as_fast_as_possible", credit_chunks=1, h264_keyframe_interval_frames=600
+    )
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(options) as session,
+    ):
+        async for event in session:
+            if not isinstance(event, Frame):
+                continue
+            frames.append(event)
+            if event.last_in_chunk and event.chunk_index == 1:
+                await session.pause()
+                await session.request_keyframe()
+                await session.resume()
+            if event.last_in_chunk and event.chunk_index == 3:
+                await session.end()
+    assert [frame.frame_index for frame in frames if frame.keyframe] == [0, 5]
+    assert [bool(frame.init_segment) for frame in frames[:5]] == [True, False, False, False, False]
+    assert frames[0].timings is not None
+    assert frames[0].timings.queue_s > 0
+    with pytest.raises(ValueError, match="not a picture by itself"):
+        frames[0].pixels()
+
+
+async def test_a_slow_client_hears_what_it_missed() -> None:
+    backends = FakeBackends(simulated(limits={"max_session_s": 0.6, "ending_notice_s": 0.2}))
+    options = StreamOptions("a fox", slow_client_policy="drop_to_latest", frames_per_second=60, credit_chunks=1)
+    events = list[Event]()
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(options) as session,
+    ):
+        async for event in session:
+            events.append(event)
+            if isinstance(event, Frame) and event.chunk_index == 0:
+                await backends.leaving.wait()  # the ack goes out when the next event is asked for
+    dropped = [event for event in events if isinstance(event, FramesDropped)]
+    assert (dropped[0].first_chunk_index, dropped[0].first_frame_index) == (1, 1)
+    assert any(isinstance(event, Ending) for event in events)
+    assert isinstance(events[-1], Ended)
 
 
 async def test_leaving_the_block_ends_the_session_on_the_server() -> None:
