@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import ray
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .desk import AdmissionDesk
 from .errors import Unavailable
@@ -147,12 +152,13 @@ class RayBackends:
             unread=mailbox.unread.remote,
             silence_s=generator_silence_s,
             answers=lambda replica_id: answers_its_health_check(replica_actor(generator, replica_id)),
-            end=lambda replica_id: end_replica(replica_actor(generator, replica_id)),
+            end=lambda lease: end_replica(replica_actor(generator, lease.replica_id), lease),
         )
         self._desk = desk
         self._text_encoder = text_encoder
         self._generator = generator.options(stream=True)
         self._decoder = decoder
+        self._decoders: dict[str, str] = {}
 
     def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue (see :meth:`AdmissionDesk.places`)."""
@@ -185,7 +191,7 @@ class RayBackends:
             with contextlib.ExitStack() as watched:
                 async for event in response:
                     if isinstance(event, LeaseStarted):
-                        watched.enter_context(self._silence.over(request.log_id, event.replica_id))
+                        watched.enter_context(self._silence.over(request.log_id, event))
                     yield event
         except RayActorError as error:
             raise Unavailable("the generator of this session died", reason="GENERATOR_LOST") from error
@@ -219,10 +225,15 @@ class RayBackends:
         """Return a chunk's frames, or NEED_PRIME; after a death, from any decoder."""
 
         def call(attempt: int) -> Awaitable[Decoded]:
-            wanted = replace(request, replica_id="") if attempt else request
-            return self._decoder.decode.remote(wanted)
+            if request.replica_id and not attempt:
+                return self._decoder.decode.remote(request)
+            self._decoders.pop(request.session_id, None)
+            loads = dict(Counter(self._decoders.values()))
+            return self._decoder.decode.remote(replace(request, replica_id="", loads=loads))
 
-        return await _insist(call, "the decoder", "DECODER_LOST")
+        answer: Decoded = await _insist(call, "the decoder", "DECODER_LOST")
+        self._decoders[request.session_id] = answer.replica_id
+        return answer
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor:
         """Return a start image's latents, from any decoder."""
@@ -235,6 +246,7 @@ class RayBackends:
 
     async def close_decoder(self, request: CloseDecoder) -> None:
         """Say that a session is over; a decoder that does not hear it forgets the session by itself."""
+        self._decoders.pop(request.session_id, None)
         with contextlib.suppress(RayActorError, TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
                 await self._decoder.close.remote(request)
@@ -255,10 +267,23 @@ def replica_actor(deployment: DeploymentHandle[Any], replica_id: str) -> Any:  #
         return None
 
 
-def end_replica(actor: Any) -> None:  # noqa: ANN401  (ray's handles are untyped)
-    """End a replica's process, whatever it does; Serve starts another one."""
+def end_replica(actor: Any, lease: LeaseStarted) -> None:  # noqa: ANN401  (ray's handles are untyped)
+    """End a replica for everyone who waits for it, and its process, whatever that does; Serve starts another one.
+
+    Ray asks a process to end itself, which a stopped one does not (measured), so another one on its node kills it.
+    """
     if actor is not None:
         ray.kill(actor)
+    there = NodeAffinitySchedulingStrategy(lease.node_id, soft=False)
+    kill: Any = ray.remote(_kill)
+    kill.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(lease.process_id)
+
+
+def _kill(process_id: int) -> None:
+    """Kill a replica's process on this node, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        if Path(f"/proc/{process_id}/cmdline").read_bytes().startswith(b"ray::ServeReplica"):
+            os.kill(process_id, signal.SIGKILL)
 
 
 async def _insist(call: Callable[[int], Awaitable[T]], what: str, reason: str) -> T:

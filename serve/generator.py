@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -287,7 +288,9 @@ class GeneratorService:
         *,
         first_chunk_s: float = 120.0,
         on_fault: Callable[[], None] = lambda: None,
+        node_id: str = "",
     ) -> None:
+        self._node_id = node_id
         self._engine = engine
         self._worker = worker
         self._replica_id = replica_id
@@ -304,7 +307,7 @@ class GeneratorService:
         lease = Lease(request, self._engine, self._worker, self._first_chunk_s)
         await self._reporter.add(request.session_id)
         try:
-            yield LeaseStarted(self._replica_id)
+            yield LeaseStarted(self._replica_id, os.getpid(), self._node_id)
             async with contextlib.aclosing(lease.events()) as events:
                 async for event in events:
                     if isinstance(event, LeaseEnded):
@@ -359,6 +362,7 @@ class Generator:
             reporter,
             first_chunk_s=config.generator.first_chunk_timeout_s,
             on_fault=lambda: end_process(FAULT_EXIT_S),
+            node_id=ray.get_runtime_context().get_node_id(),
         )
 
     async def lease(self, request: LeaseRequest) -> AsyncIterator[LeaseEvent]:

@@ -7,6 +7,7 @@ and each chunk makes a :class:`DecodeRequest` and its :class:`Decoded`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -351,9 +352,17 @@ Control = SetPrompt | Credit | SetPaused | StartFrom | Stop
 
 @dataclass(frozen=True)
 class LeaseStarted:
-    """The lease began on this replica."""
+    """The lease began.
+
+    Attributes:
+        replica_id: On this replica.
+        process_id: Its process.
+        node_id: Where that runs.
+    """
 
     replica_id: str
+    process_id: int = field(default=0, compare=False)
+    node_id: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -414,6 +423,7 @@ class DecodeRequest:
         encode: False when nobody will see the chunk: only the cache goes on.
         keyframe: Whether its first frame must be decodable by itself.
         history: Up to 38 latent frames before the chunk, in answer to NEED_PRIME; None otherwise.
+        loads: Without a ``replica_id``, how many of the gateway's sessions each decoder has; the least gets this one.
     """
 
     replica_id: str
@@ -428,6 +438,7 @@ class DecodeRequest:
     encode: bool = True
     keyframe: bool = False
     history: PackedTensor | None = None
+    loads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

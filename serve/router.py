@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -23,6 +24,16 @@ class NamesReplica(Protocol):
     @property
     def replica_id(self) -> str:
         """Unique id of the wanted replica; empty for any."""
+        ...
+
+
+@runtime_checkable
+class KnowsLoads(Protocol):
+    """A first argument that says how much each replica has to do."""
+
+    @property
+    def loads(self) -> Mapping[str, int]:
+        """Load by unique id; a replica that is not there has none."""
         ...
 
 
@@ -50,7 +61,20 @@ class PreferredReplicaRouter(RequestRouter):
         if named and patient:
             return [named]
         available = self.select_available_replicas(candidate_replicas) or candidate_replicas
-        return [random.sample(available, len(available))]  # Serve takes the first of those with equal queues
+        spread = least_loaded(available, loads_of(pending_request)) if patient else available
+        return [random.sample(spread, len(spread))]  # Serve takes the first of those with equal queues
+
+
+def loads_of(request: PendingRequest) -> Mapping[str, int]:
+    """Return how much each replica has to do, as far as the call's first argument knows."""
+    first = request.args[0] if request.args else None
+    return first.loads if isinstance(first, KnowsLoads) else {}
+
+
+def least_loaded(replicas: list[RunningReplica], loads: Mapping[str, int]) -> list[RunningReplica]:
+    """Return the replicas with the least to do; all of them where nothing is known."""
+    least = min(loads.get(replica.replica_id.unique_id, 0) for replica in replicas)
+    return [replica for replica in replicas if loads.get(replica.replica_id.unique_id, 0) == least]
 
 
 def wanted_replica(request: PendingRequest) -> str:

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from .detached import detached
 from .logs import LOGGER
+from .messages import LeaseStarted
 
 LOOK_EVERY_S = 1.0
 """Pause between two looks at the mailbox."""
@@ -31,7 +32,7 @@ class SilenceWatch:
         unread: Asks the mailbox which logs nobody has read for that many seconds.
         silence_s: How many.
         answers: Asks a replica whether it is well; False if it does not answer.
-        end: Ends a replica's process.
+        end: Ends the process that a lease runs in.
     """
 
     def __init__(
@@ -39,39 +40,40 @@ class SilenceWatch:
         unread: Callable[[float], Awaitable[list[str]]],
         silence_s: float,
         answers: Callable[[str], Awaitable[bool]],
-        end: Callable[[str], None],
+        end: Callable[[LeaseStarted], None],
     ) -> None:
         self._unread = unread
         self._silence_s = silence_s
         self._answers = answers
         self._end = end
-        self._replicas: dict[str, str] = {}
+        self._leases: dict[str, LeaseStarted] = {}
         self._loop: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
-    def over(self, log_id: str, replica_id: str) -> Iterator[None]:
+    def over(self, log_id: str, lease: LeaseStarted) -> Iterator[None]:
         """Watch the generator that reads a log, for as long as the block lasts."""
         if self._loop is None or self._loop.done():
             self._loop = detached(self._watch())
-        self._replicas[log_id] = replica_id
+        self._leases[log_id] = lease
         try:
             yield
         finally:
-            del self._replicas[log_id]
+            del self._leases[log_id]
 
     async def _watch(self) -> None:
-        while self._replicas:
+        while self._leases:
             await asyncio.sleep(LOOK_EVERY_S)
             with contextlib.suppress(RayActorError):  # without its mailbox the gateway's sessions end anyway
                 await self.look()
 
     async def look(self) -> None:
         """End every watched generator that is silent and does not answer."""
-        silent = {self._replicas[log_id] for log_id in await self._unread(self._silence_s) if log_id in self._replicas}
-        for replica_id in silent:
+        unread = await self._unread(self._silence_s)
+        silent = {lease.replica_id: lease for log_id in unread if (lease := self._leases.get(log_id)) is not None}
+        for replica_id, lease in silent.items():
             if not await self._answers(replica_id):
                 LOGGER.error("generator %s has been silent for %g s and is ended", replica_id, self._silence_s)
-                self._end(replica_id)
+                self._end(lease)
 
 
 async def answers_its_health_check(replica: Any) -> bool:  # noqa: ANN401  (ray's handles are untyped)

@@ -29,6 +29,9 @@ from .status import Failure, failure_of
 IDLE_S = 300.0
 """A cache that was not used for this long belongs to a session whose end was lost."""
 
+MAX_PRIMING = 2
+"""Sessions whose caches are made anew at a time, so that a running session waits for few of their frames."""
+
 T = TypeVar("T")
 
 
@@ -61,9 +64,14 @@ class Entry:
 
 
 class DecoderCache:
-    """The entries of many sessions within a limit of bytes."""
+    """The entries of many sessions within a limit of bytes.
+
+    Attributes:
+        evictions: Entries given up so far.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.evictions = 0
         self._limit_bytes = limit_bytes
         self._entries: dict[str, Entry] = {}
 
@@ -78,7 +86,7 @@ class DecoderCache:
     def add(self, session_id: str, stream: DecoderStream, now_s: float) -> Entry:
         """Return a new entry for a session, and give up others if that is too much."""
         entry = self._entries[session_id] = Entry(stream, used_s=now_s)
-        self._evict(entry, now_s)
+        self.fit(entry, now_s)
         return entry
 
     def drop(self, session_id: str) -> None:
@@ -93,7 +101,8 @@ class DecoderCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _evict(self, keep: Entry, now_s: float) -> None:
+    def fit(self, keep: Entry, now_s: float) -> None:
+        """Give up the entries that were not used for longest until the rest fits; ``keep`` may have grown."""
         excess = self.nbytes - self._limit_bytes
         for session_id, entry in list(self._entries.items()):
             old = now_s - entry.used_s > IDLE_S
@@ -101,6 +110,24 @@ class DecoderCache:
                 continue
             excess -= entry.nbytes
             del self._entries[session_id]
+            self.evictions += 1
+
+
+@dataclass
+class DecodeCounts:
+    """What a decoder was asked for so far.
+
+    Attributes:
+        decoded: Chunks decoded.
+        repeated: Chunks that were asked for again and answered from memory.
+        missed: Chunks whose session's cache was not here.
+        primed: Caches made anew from latents.
+    """
+
+    decoded: int = 0
+    repeated: int = 0
+    missed: int = 0
+    primed: int = 0
 
 
 class DecoderService:
@@ -111,7 +138,9 @@ class DecoderService:
         self._replica_id = replica_id
         self._device = device
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._priming = asyncio.Semaphore(MAX_PRIMING)
         self.cache = DecoderCache(cache_bytes)
+        self.counts = DecodeCounts()
 
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return a chunk's encoded frames, or NEED_PRIME."""
@@ -121,9 +150,11 @@ class DecoderService:
             entry = self.cache.add(request.session_id, stream, time.monotonic())
         async with entry.lock:
             if entry.last is not None and entry.next_chunk == request.chunk_index + 1:
+                self.counts.repeated += 1
                 return entry.last
             ready = request.starts_scene or entry.next_chunk == request.chunk_index
             if not ready and request.history is None:
+                self.counts.missed += 1
                 return Decoded(self._replica_id, None)
             entry.next_chunk = None  # until this has succeeded; a call may be cancelled at every await
             encoder, entry.encoder = entry.encoder if ready else None, None
@@ -137,6 +168,8 @@ class DecoderService:
             answer = await self._frames(entry.stream, encoder, request)
             entry.last, entry.encoder = replace(answer, prime_s=prime_s), encoder
             entry.next_chunk = request.chunk_index + 1
+            self.counts.decoded += 1
+            self.cache.fit(entry, time.monotonic())
             return entry.last
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor:
@@ -151,10 +184,12 @@ class DecoderService:
     async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
         """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""
         start = time.perf_counter()
-        await _run(self._device, stream.reset)
-        for frame in range(history.frames):
-            latents = history.frame_slice(frame, frame + 1)
-            await _run(self._device, lambda latents=latents: stream.decode(latents))  # type: ignore[misc]
+        async with self._priming:
+            await _run(self._device, stream.reset)
+            for frame in range(history.frames):
+                latents = history.frame_slice(frame, frame + 1)
+                await _run(self._device, lambda latents=latents: stream.decode(latents))  # type: ignore[misc]
+        self.counts.primed += 1
         return time.perf_counter() - start
 
     async def _frames(self, stream: DecoderStream, encoder: FrameEncoder, request: DecodeRequest) -> Decoded:

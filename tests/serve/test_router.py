@@ -127,3 +127,21 @@ async def test_what_names_no_replica_goes_anywhere() -> None:
     assert wanted_replica(call()) == ""
     assert wanted_replica(call("text")) == ""
     assert wanted_replica(call(Grant("r1"))) == "r1"
+
+
+@dataclass(frozen=True)
+class Placing:
+    loads: dict[str, int]
+    replica_id: str = ""
+
+
+async def test_a_call_for_any_goes_to_the_replica_with_the_least_to_do() -> None:
+    made = await router([FakeReplica(f"r{number}") for number in range(4)])
+    loads = {"r0": 2, "r1": 1, "r2": 3, "r3": 1}
+    assert {await chosen(made, call(Placing(loads))) for _ in range(40)} == {"r1", "r3"}
+    assert await chosen(made, call(Placing({"r0": 2, "r1": 1, "r2": 3}))) == "r3"  # new: it has nothing to do
+
+
+async def test_the_least_loaded_replica_may_have_died() -> None:
+    made = await router([FakeReplica("r0"), FakeReplica("r1", dead=True)])
+    assert await chosen(made, call(Placing({"r0": 5, "r1": 0}))) == "r0"

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from serve.mailbox import MailboxRoom
-from serve.messages import Stop
+from serve.messages import LeaseStarted, Stop
 from serve.silence import SilenceWatch, answers_its_health_check
 
 
@@ -27,7 +27,7 @@ async def test_a_log_is_unread_when_nobody_waits_at_it() -> None:
 
 @pytest.mark.parametrize(("answers", "ended"), [(False, ["g1"]), (True, [])])
 async def test_a_silent_generator_is_ended_unless_it_answers(answers: bool, ended: list[str]) -> None:
-    asked, done = list[float](), list[str]()
+    asked, done = list[float](), list[LeaseStarted]()
 
     async def unread(for_s: float) -> list[str]:
         asked.append(for_s)
@@ -37,9 +37,9 @@ async def test_a_silent_generator_is_ended_unless_it_answers(answers: bool, ende
         return answers
 
     watch = SilenceWatch(unread, 10.0, answer, done.append)
-    with watch.over("s.1", "g1"), watch.over("t.1", "g2"):
+    with watch.over("s.1", LeaseStarted("g1", 7, "node")), watch.over("t.1", LeaseStarted("g2")):
         await watch.look()
-    assert done == ended
+    assert [lease.replica_id for lease in done] == ended
     assert asked == [10.0]
 
 

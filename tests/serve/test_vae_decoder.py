@@ -212,3 +212,27 @@ async def test_a_start_image_becomes_the_latents_that_the_vae_makes_of_it() -> N
     with torch.inference_mode():
         wanted = ENGINE.vae.encode(from_frames(colour[None]))
     assert torch.equal(made.unpack(), wanted)
+
+
+async def test_a_cache_that_grows_makes_room_for_itself() -> None:
+    probe = service()
+    await probe.decode(request(0))
+    one = probe.cache.nbytes
+    decoder = service(cache_bytes=2 * one)
+    for name in "ab":
+        await decoder.decode(request(0, session=name))
+    assert len(decoder.cache) == 2
+    await decoder.decode(request(1, session="a"))  # four frames instead of one
+    assert (len(decoder.cache), decoder.cache.evictions) == (1, 1)
+    assert decoder.cache.nbytes <= 2 * one
+
+
+async def test_few_caches_are_made_anew_at_a_time_and_all_of_them_right(expected: list[list[Pixels]]) -> None:
+    decoder = service()
+    calls = (decoder.decode(request(5, session=name, history=history(5))) for name in "abcde")
+    answers = await asyncio.gather(*calls)
+    assert all(same(pixels(answer), expected[5]) for answer in answers)
+    assert (decoder.counts.primed, decoder.counts.decoded, decoder.counts.missed) == (5, 5, 0)
+    await decoder.decode(request(5, session="a"))
+    assert (await decoder.decode(request(9, session="a"))).frames is None
+    assert (decoder.counts.repeated, decoder.counts.missed) == (1, 1)

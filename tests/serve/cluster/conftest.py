@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -93,6 +93,21 @@ class Cluster:
         """Kill the replica of a deployment as a crash would."""
         os.kill(self._process(f"ray::ServeReplica:causal-forcing:{deployment}"), signal.SIGKILL)
 
+    @contextmanager
+    def frozen(self, deployment: str) -> Iterator[psutil.Process]:
+        """Stop the process of a deployment's replica as a debugger would; whatever happens, it does not stay."""
+        process = psutil.Process(self._process(f"ray::ServeReplica:causal-forcing:{deployment}"))
+        process.suspend()
+        try:
+            yield process
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def kill_proxy(self) -> None:
+        """Kill Serve's proxy as a crash would."""
+        os.kill(self._process("ray::ProxyActor"), signal.SIGKILL)
+
     def kill_admission(self) -> None:
         """Kill the admission actor as a crash would."""
         os.kill(self._process("ray::_AdmissionActor"), signal.SIGKILL)
@@ -151,6 +166,7 @@ def cluster() -> Iterator[Cluster]:
         sizes=[[SIZE, SIZE], [64, 64]],
         grpc_port=free_port(),
         http_port=free_port(),
+        generator={"silence_timeout_s": 5},
         limits={"silence_timeout_s": 20, "stall_timeout_s": 20, "max_queued_sessions": 2},
     )
     with local_service(config) as service:

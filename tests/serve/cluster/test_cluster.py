@@ -204,6 +204,32 @@ async def test_a_session_outlives_its_generator(cluster: Cluster) -> None:
     await cluster.serves()
 
 
+async def test_a_session_outlives_a_generator_that_is_frozen(cluster: Cluster) -> None:
+    moved, after = list[Moved](), 0
+    async with asyncio.timeout(2 * PATIENCE_S), cluster.session() as session:
+        await first_frame(session.__anext__)
+        with cluster.frozen("Generator") as process:
+            async for event in session:
+                if isinstance(event, Moved):
+                    moved.append(event)
+                after += isinstance(event, Frame) and bool(moved)
+                if after > 8:
+                    break
+            await asyncio.to_thread(process.wait, PATIENCE_S)  # it holds a device's memory as long as it is there
+    assert [event.reason for event in moved] == ["GENERATOR_LOST"]
+    await cluster.serves()
+
+
+async def test_a_proxy_that_dies_leaves_no_lease(cluster: Cluster) -> None:
+    async with cluster.session() as session:
+        await first_frame(session.__anext__)
+        cluster.kill_proxy()
+        with pytest.raises(VideoServiceError) as caught:
+            await collect(session, 1 << 30)
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    await cluster.until_free()
+
+
 async def test_a_gateway_that_dies_leaves_its_word_and_no_lease(cluster: Cluster) -> None:
     async with cluster.session() as session:
         await first_frame(session.__anext__)
