@@ -37,9 +37,6 @@ SPARE_CALLS = 50
 POOL_SHARE = 0.001
 """What a replica takes of its pool's resource: next to nothing, for it only says where to run."""
 
-QUIET = LoggingConfig(enable_access_log=False)
-"""For deployments that are called for every chunk: Serve would write a line for each."""
-
 LOOK_BACK_S = 15.0
 """Time over which Serve averages calls under way; replicas and handles report them every 10 s."""
 
@@ -55,7 +52,7 @@ def build(config: ServiceConfig) -> Application:
     text_encoder = serve.deployment(
         name="TextEncoder",
         max_ongoing_requests=512,
-        logging_config=QUIET,
+        logging_config=_logs(config, calls=False),
         **_scale(config.text_encoder),
         **_placement(config.text_encoder),
         **common,
@@ -63,6 +60,7 @@ def build(config: ServiceConfig) -> Application:
     generator = serve.deployment(
         name="Generator",
         max_ongoing_requests=config.generator.sessions_per_replica,
+        logging_config=_logs(config, calls=True),
         request_router_config=_router(patience_s=2.0),
         **_scale_generators(config, admission),
         **_placement(config.generator),
@@ -71,7 +69,7 @@ def build(config: ServiceConfig) -> Application:
     decoder = serve.deployment(
         name="VaeDecoder",
         max_ongoing_requests=512,
-        logging_config=QUIET,
+        logging_config=_logs(config, calls=False),
         request_router_config=_router(patience_s=10.0),
         **_scale(config.vae_decoder),
         **_placement(config.vae_decoder),
@@ -80,6 +78,7 @@ def build(config: ServiceConfig) -> Application:
     gateway = serve.deployment(
         name="Gateway",
         max_ongoing_requests=config.gateway.max_sessions + SPARE_CALLS,
+        logging_config=_logs(config, calls=True),
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         **_scale(config.gateway),
         **common,
@@ -117,6 +116,12 @@ def _in_pool(deployment: Any, pool: str | None) -> Any:  # noqa: ANN401  (ray's 
         return deployment
     options = {**deployment.ray_actor_options, "resources": {pool_resource(pool): POOL_SHARE}}
     return deployment.options(ray_actor_options=options)
+
+
+def _logs(config: ServiceConfig, *, calls: bool) -> LoggingConfig:
+    """Return how a deployment logs; without ``calls`` where there is one for every chunk."""
+    encoding = "JSON" if config.logs.format == "json" else "TEXT"
+    return LoggingConfig(encoding=encoding, log_level=config.logs.level, enable_access_log=calls)
 
 
 def _router(patience_s: float) -> RequestRouterConfig:
