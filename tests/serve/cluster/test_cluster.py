@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import av
 import grpc
 import numpy as np
 import pytest
@@ -264,4 +266,22 @@ async def test_a_text_encoder_that_dies_is_replaced_while_a_session_runs(cluster
         async for event in session:
             if isinstance(event, Frame) and event.prompt_id == "second":
                 break
+    await cluster.until_free()
+
+
+async def test_a_client_that_only_reads_gets_its_video_and_the_model_is_told(cluster: Cluster) -> None:
+    async with asyncio.timeout(PATIENCE_S), grpc.aio.insecure_channel(cluster.address) as channel:
+        stub = video_pb2_grpc.VideoServiceStub(channel)  # type: ignore[no-untyped-call]
+        model = await stub.GetModel(pb.GetModelRequest())
+        assert (model.model.name, model.sizes[0].height) == ("tiny", SIZE)
+        prompt = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="a red circle")])
+        config = pb.SessionConfig(prompt=prompt, height=SIZE, width=SIZE, codec="FRAME_CODEC_H264_ANNEXB")
+        request = pb.GenerateVideoRequest(config=config)
+        request.duration.FromMilliseconds(500)
+        heard = [answer.message async for answer in stub.GenerateVideo(request)]
+        assert heard[-1].session_ended.reason == pb.END_REASON_COMPLETE
+        frames = [message.frame for message in heard if message.HasField("frame")]
+        assert len(frames) == 9
+        with av.open(io.BytesIO(b"".join(frame.data for frame in frames))) as container:
+            assert len(list(container.decode(video=0))) == len(frames)
     await cluster.until_free()
