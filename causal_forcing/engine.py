@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from causal_forcing.compile import compile_transformer, warm_up
+from causal_forcing.compile import compile_transformer, use_compile_cache, warm_up
 from causal_forcing.config import SessionConfig
 from causal_forcing.errors import InvalidRequest, SessionStateError
 from causal_forcing.geometry import Geometry
@@ -100,6 +100,7 @@ class Engine:
             load_text_encoder(preset, weights_dir, device=device, dtype=dtype) if text_encoder else None,
         )
         if compiled:
+            use_compile_cache()
             compile_transformer(transformer)
             warm_up(engine, session)
         return engine

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import os
 import re
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from causal_forcing.compile import GRAPHS_PER_SIZE, compile_transformer, warm_up
+from causal_forcing.compile import (
+    COMPILE_CACHE_VARIABLE,
+    GRAPHS_PER_SIZE,
+    compile_transformer,
+    use_compile_cache,
+    warm_up,
+)
 from causal_forcing.engine import Engine
 from tests.causal_forcing.builders import TRANSFORMER, make_engine, open_session, play, update
 
@@ -102,6 +109,16 @@ def test_a_new_prompt_and_a_scene_cut_do_not_compile():
         for policy in ("cross_attention", "flush", "recache", "scene_cut"):
             session.update_prompt(update(policy, policy=policy))
             session.generate_chunk()
+
+
+def test_compiled_code_is_kept_where_the_variable_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv(COMPILE_CACHE_VARIABLE, str(tmp_path / "compiled"))
+    assert use_compile_cache() == tmp_path / "compiled"
+    assert (tmp_path / "compiled").is_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
+    assert use_compile_cache() == tmp_path / "torch"  # torch's own variable wins
 
 
 @pytest.mark.slow
