@@ -103,7 +103,7 @@ class RemoteBackend:
             denoising_steps=start.denoising_steps,
             window_frames=config.window_frames,
             sink_frames=config.sink_frames,
-            start_image=start.image,
+            start_image=start.image or b"",
             pacing="as_fast_as_possible",  # Scope shows frames at its own pace and asks when it wants more
         )
         self._session = self._opened.enter_context(self._client.stream(options))
