@@ -82,6 +82,7 @@ class Running:
     backends: FakeBackends
     directory: FakeDirectory
     stub: Any
+    port: int
 
     def stream(self, key: str = "", prompt: str = PROMPT, **limits: Any) -> Any:
         return self.stub.StreamVideo(metadata=auth(key))
@@ -130,7 +131,7 @@ async def running(**fields: Any) -> AsyncIterator[Running]:
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Running(service, backends, directory, video_pb2_grpc.VideoServiceStub(channel))
+            yield Running(service, backends, directory, video_pb2_grpc.VideoServiceStub(channel), port)
     finally:
         await server.stop(None)
 
