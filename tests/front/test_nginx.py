@@ -94,9 +94,9 @@ async def test_without_the_setting_nobody_is_served_through_a_front_on_this_mach
     certs: Path, tmp_path: Path
 ) -> None:
     async with running() as gateway:
-        with front(gateway.port, certs, tmp_path, "off") as address:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await play(address, credentials(certs), chunks=1)
+        server = front(gateway.port, certs, tmp_path, "off")
+        with server as address, pytest.raises(grpc.aio.AioRpcError) as caught:
+            await play(address, credentials(certs), chunks=1)
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert "REMOTE_PEER" in (caught.value.details() or "")
 
