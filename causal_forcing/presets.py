@@ -223,6 +223,24 @@ def _files(transformer: CheckpointFile, lora: CheckpointFile | None = None) -> P
     return PresetFiles(transformer, lora, _TEXT_ENCODER, _TOKENIZER, _VAE_FILES)
 
 
+EMBEDDED_LATENT_MEAN = (
+    -0.192442, -0.124751, -0.002029, 0.009614, -0.137071, -0.028546, 0.073432, 0.121813,
+    0.059626, 0.078834, 0.024373, 0.010897, -0.094318, -0.069544, -0.041213, -0.047329,
+)  # fmt: skip
+"""Per-channel mean of the embedded model's latents; measured by its training (docs/embedded-model.md)."""
+
+EMBEDDED_LATENT_STD = (
+    0.829892, 1.029018, 0.840981, 1.217182, 0.684748, 0.769141, 0.603589, 0.718393,
+    0.777539, 0.879612, 0.313750, 0.694520, 1.020808, 0.822781, 0.764639, 0.613532,
+)  # fmt: skip
+"""Per-channel standard deviation of the embedded model's latents."""
+
+
+def _embedded_vae(base_dim: int) -> VaeConfig:
+    mean, std = EMBEDDED_LATENT_MEAN, EMBEDDED_LATENT_STD
+    return VaeConfig(base_dim=base_dim, num_res_blocks=1, latent_mean=mean, latent_std=std)
+
+
 _TABLE = (
     Preset(
         name="causal-forcing-framewise",
@@ -344,23 +362,21 @@ _TABLE = (
         name="tiny",
         summary="The embedded model: the same classes at sizes that two CPU cores run in real time",
         transformer=TransformerConfig(
-            dim=128, ffn_dim=512, num_heads=4, num_layers=6, freq_dim=256, text_dim=128, text_len=64
+            dim=192, ffn_dim=640, num_heads=6, num_layers=6, freq_dim=256, text_dim=128, text_len=64
         ),
         text_encoder=TextEncoderConfig(
             vocab_size=512, d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=2, text_len=64
         ),
         vaes={
-            "wan": VaeConfig(base_dim=16, num_res_blocks=1),
-            "lightvae": VaeConfig(base_dim=4, num_res_blocks=1),
-            "tae": TinyVaeConfig(channels=(64, 32, 16, 16)),
-            "lighttae": TinyVaeConfig(channels=(32, 16, 8, 8), takes_normalised_latents=False),
+            "wan": _embedded_vae(16),
+            "lightvae": _embedded_vae(4),
         },
         chunk_frames=1,
+        window_frames=8,
         height=64,
         width=64,
         licence="Apache-2.0",
         embedded=True,
-        trained=False,
     ),
 )
 

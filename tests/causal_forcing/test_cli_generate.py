@@ -83,13 +83,13 @@ def test_the_frames_are_the_sessions(command, engine: Engine, tmp_path: Path, ca
     assert np.array_equal(pictures(tmp_path), frames_of(session, 4))
     shown = capsys.readouterr()
     assert "wrote f%02d.png: 13 frames (0.81 s), TTFC 0." in shown.out
-    assert "random weights" in shown.err
+    assert "random weights" not in shown.err
 
 
 def test_a_video_has_exactly_the_length_asked_for_and_says_what_it_is(command, tmp_path: Path) -> None:
     assert command("--prompt", "a fox", "--seconds", "0.5") == 0
     with av.open(str(tmp_path / "out.mp4")) as container:
-        assert "RANDOM WEIGHTS" in container.metadata["comment"]
+        assert "RANDOM WEIGHTS" not in container.metadata["comment"]
         assert container.metadata["title"] == "Causal Forcing, preset tiny"
         assert sum(1 for _ in container.decode(video=0)) == 8
 

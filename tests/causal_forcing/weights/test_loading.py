@@ -278,17 +278,18 @@ def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_seeded_weights_are_the_same_bits_in_a_new_process():
     code = (
+        "from dataclasses import replace as r;"
         "from causal_forcing.presets import get_preset as g; from causal_forcing.text_encoder import fingerprint as f;"
-        "from causal_forcing.weights import load_transformer as t, load_vae as v; p = g('tiny');"
+        "from causal_forcing.weights import load_transformer as t, load_vae as v; p = r(g('tiny'), trained=False);"
         "print(f(t(p)), f(v(p, 'lightvae')))"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
-    preset = get_preset("tiny")
+    preset = replace(get_preset("tiny"), trained=False)
     assert there == [fingerprint(load_transformer(preset)), fingerprint(load_vae(preset, "lightvae"))]
 
 
 def test_seeded_parts_differ_from_each_other_and_between_presets():
-    preset = get_preset("tiny")
+    preset = replace(get_preset("tiny"), trained=False)
     one, other = load_transformer(preset), load_transformer(replace(preset, name="other"))
     assert not torch.equal(one.head.head.weight, other.head.head.weight)
     assert not torch.equal(one.blocks[0].self_attn.q.weight, one.blocks[1].self_attn.q.weight)
@@ -299,7 +300,7 @@ def test_untrained_weights_give_finite_colourful_video():
     from causal_forcing.engine import Engine
     from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 
-    session = Engine.load("tiny").new_session()
+    session = Engine.load(replace(get_preset("tiny"), trained=False)).new_session()
     session.update_prompt(PromptUpdate((WeightedPrompt("a red fox"),)))
     pixels = torch.cat([session.decode(session.generate_chunk()) for _ in range(4)], dim=2)
     assert pixels.isfinite().all()
