@@ -12,7 +12,7 @@ BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: gpu-check help setup demo serve test test-fast test-scope lint type format check manifests protos protos-breaking parity bench \
+.PHONY: gpu-check help node-example setup demo serve test test-fast test-scope lint type format check manifests protos protos-breaking parity bench \
 	bench-serve full-size \
 	readme-numbers constraints clean distclean
 
@@ -61,6 +61,9 @@ manifests: $(STAMP) ## Generate the Kubernetes manifests of k8s/overlays again.
 
 test-scope: $(STAMP) ## Run the Scope plugin's tests against a checkout of Daydream Scope (SCOPE=DIR).
 	PYTHONPATH=$(SCOPE)/src CAUSAL_FORCING_REAL_SCOPE=1 $(PYTHON) -m pytest -q tests/causal_forcing/scope
+
+node-example: ## Install the packages of the Node.js example, whose tests are skipped without them.
+	cd examples/node && npm ci --ignore-scripts --no-audit --no-fund
 
 protos: $(STAMP) ## Generate the Python code of protos/ again.
 	$(PYTHON) -m grpc_tools.protoc --proto_path=. --proto_path=protos/third_party \
