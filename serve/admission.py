@@ -175,7 +175,8 @@ class AdmissionBook:
         budget_bytes: int | None = None,
     ) -> None:
         """Take a generator's word for the sessions it holds and the memory it has for them."""
-        self._fleet.report(replica_id, capacity, sessions, now_s, node_id=node_id, budget_bytes=budget_bytes)
+        if self._fleet.report(replica_id, capacity, sessions, now_s, node_id=node_id, budget_bytes=budget_bytes):
+            self.revision += 1  # it may show that a session that waits can never be held
         self.assign(now_s)
 
     def retire(self, replica_id: str) -> None:
@@ -233,14 +234,14 @@ class AdmissionBook:
         if ticket.replica_id:
             return Place(0, None, ticket.replica_id)
         order = self.order(now_s)
-        return self._waiting_place((*order.ready, *order.blocked).index(session_id))
+        return self._waiting_place(ticket, (*order.ready, *order.blocked).index(session_id))
 
     def places(self, gateway_id: str, now_s: float) -> dict[str, Place]:
         """Return where each session of a gateway stands that is not running yet."""
         order = self.order(now_s)
         ahead = {session_id: number for number, session_id in enumerate((*order.ready, *order.blocked))}
         return {
-            session_id: self._waiting_place(ahead[session_id])
+            session_id: self._waiting_place(ticket, ahead[session_id])
             if session_id in ahead
             else Place(0, None, ticket.replica_id)
             for session_id, ticket in self._tickets.items()
@@ -288,8 +289,9 @@ class AdmissionBook:
             "idle": self._fleet.idle,
         }
 
-    def _waiting_place(self, ahead: int) -> Place:
-        return Place(ahead, self._estimate(ahead + 1))
+    def _waiting_place(self, ticket: Ticket, ahead: int) -> Place:
+        most = None if ticket.is_moving else self._fleet.too_small_for(ticket)
+        return Place(ahead, self._estimate(ahead + 1), most_bytes=most)
 
     def _estimate(self, turns: int) -> float | None:
         """Return the expected wait for that many sessions to end, from the length of recent ones."""

@@ -203,7 +203,8 @@ class GeneratorConfig(WorkerConfig):
         autoscaling: Between how many replicas, instead of a fixed number.
         sessions_per_replica: Sessions that take turns on one device, a chunk each; each gets its share of the speed.
         memory_bytes: Memory of one device. With it the configuration is refused if the weights and that many sessions
-            of the largest kind do not fit; without it a replica finds that out when it starts.
+            of the largest kind do not fit; without it a replica finds that out when it starts. Admission counts what
+            is left of it beside the weights (see :mod:`serve.budget`).
         first_chunk_timeout_s: How long each of a session's first chunks may take; later ones are compared with those
             before them. A device that takes longer is taken for broken.
         silence_timeout_s: A generator whose process says nothing for this long is ended.
@@ -382,14 +383,14 @@ class ServiceConfig(Section):
         except OutOfMemory as error:
             raise ValueError(f"generator.memory_bytes: {error.message}") from error
 
-    def generator_memory(self) -> MemoryPlan:
-        """Return what a generator replica needs with all its places taken by sessions of the largest kind."""
+    def generator_memory(self, sessions: int | None = None) -> MemoryPlan:
+        """Return what a generator replica needs with so many sessions of the largest kind; None: all its places."""
         from causal_forcing.weights.loading import default_dtype
         from causal_forcing.weights.memory import required_bytes
 
         height, width = max(self.allowed_sizes, key=lambda size: size[0] * size[1])
         session = self.model_preset.session_config(height=height, width=width, window_frames=self.allowed_window_frames)
-        places = self.generator.sessions_per_replica
+        places = self.generator.sessions_per_replica if sessions is None else sessions
         return required_bytes(
             self.model_preset, None, session, default_dtype(self.device), text_encoder=False, sessions=places
         )

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError
 from .admission_actor import QueueView
 from .detached import detached
 from .errors import Unavailable
+from .fleet import too_large
 from .logs import LOGGER
 from .messages import Claim, Place, Progress, SessionView, Share, Ticket
 
@@ -70,7 +71,7 @@ class AdmissionDesk:
 
         Raises:
             NoCapacity: If the queue, or the tenant's part of it, is full.
-            InvalidRequest: If no generator has the memory.
+            InvalidRequest: If no generator has the memory, which may show when the first one has started.
             Unavailable: If admission cannot be reached.
         """
         if self._loop is None or self._loop.done():
@@ -87,6 +88,8 @@ class AdmissionDesk:
                     while self._places.get(session_id, known) == known:
                         await self._news.wait()
             place = self._places.get(session_id, place)
+            if place.most_bytes is not None:
+                raise too_large(claim.nbytes, place.most_bytes)
             yield place
 
     async def confirm(self, session_id: str, replica_id: str) -> None:

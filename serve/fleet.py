@@ -57,6 +57,12 @@ class GeneratorPlace:
         return self.budget_bytes is None or nbytes <= self.budget_bytes
 
 
+def too_large(nbytes: int, most_bytes: int) -> InvalidRequest:
+    """Return what a session is told that needs more memory than any generator has for sessions."""
+    allowed = f"a generator has {most_bytes} bytes for sessions; ask for a smaller size, window or sink"
+    return InvalidRequest("window_frames", f"{nbytes} bytes", allowed, reason="SESSION_TOO_LARGE")
+
+
 class Fleet:
     """All generators. Times are seconds of one clock, given by the caller.
 
@@ -88,11 +94,13 @@ class Fleet:
         *,
         node_id: str = "",
         budget_bytes: int | None = None,
-    ) -> None:
-        """Take a generator's word for the sessions it holds and the memory it has for them."""
+    ) -> bool:
+        """Take a generator's word for the sessions it holds and the memory it has for them; return if that is news."""
+        is_new = replica_id not in self.places or self.places[replica_id].budget_bytes != budget_bytes
         place = self.places.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
         place.capacity, place.budget_bytes, place.sessions = capacity, budget_bytes, frozenset(sessions)
         place.reported_s, place.refused = now_s, False
+        return is_new
 
     def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone."""
@@ -123,11 +131,16 @@ class Fleet:
         Raises:
             InvalidRequest: If there are generators, and none of them could (``SESSION_TOO_LARGE``).
         """
+        most = self.too_small_for(ticket)
+        if most is not None:
+            raise too_large(ticket.nbytes, most)
+
+    def too_small_for(self, ticket: Ticket) -> int | None:
+        """Return the most memory for sessions that a generator has, if none could ever hold a session; else None."""
         places = self.places.values()
-        if places and not any(place.could_hold(ticket.nbytes) for place in places):
-            most = max(place.budget_bytes or 0 for place in places)
-            allowed = f"a generator has {most} bytes for sessions; ask for a smaller size or window"
-            raise InvalidRequest("window_frames", f"{ticket.nbytes} bytes", allowed, reason="SESSION_TOO_LARGE")
+        if not places or any(place.could_hold(ticket.nbytes) for place in places):
+            return None
+        return max(place.budget_bytes or 0 for place in places)
 
     def know(self, ticket: Ticket) -> None:
         """Take in what a session needs."""

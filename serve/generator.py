@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError
 from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory, SessionStateError
 
 from .admission_actor import connect
+from .budget import session_budget
 from .config import ServiceConfig
 from .detached import detached
 from .device import StepClock, end_process, run_within
@@ -346,13 +347,17 @@ class Generator:
 
     async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
         worker = ThreadPoolExecutor(1, thread_name_prefix="device")
-        engine = await asyncio.get_running_loop().run_in_executor(worker, load_generator, config)
+        loop = asyncio.get_running_loop()
+        engine = await loop.run_in_executor(worker, load_generator, config)
+        budget_bytes = await loop.run_in_executor(worker, session_budget, config)
+        LOGGER.info("memory for sessions: %s bytes", budget_bytes)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         reporter = Reporter(
             connect(admission, config),
             replica_id,
             capacity=config.generator.sessions_per_replica,
             node_id=ray.get_runtime_context().get_node_id(),
+            budget_bytes=budget_bytes,
         )
         reporter.start()
         self._service = GeneratorService(

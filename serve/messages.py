@@ -168,11 +168,13 @@ class Place:
         ahead: Sessions that get a generator before it.
         estimated_wait_s: A guess from recent sessions; None while there is nothing to guess from.
         replica_id: The generator granted to it; empty while it waits.
+        most_bytes: Set when no generator could ever hold it: the most memory that one has for sessions.
     """
 
     ahead: int
     estimated_wait_s: float | None = None
     replica_id: str = ""
+    most_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from causal_forcing.config import SessionConfig
-from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE, Geometry
+from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE
 from causal_forcing.version import __version__
 from protos.causal_forcing.v1 import video_pb2 as pb
 
+from .claims import generator_bytes
 from .config import ServiceConfig
 from .requests import duration_ns, effective_config, parse_config
 
@@ -57,12 +57,4 @@ def frame_size(service: ServiceConfig, height: int, width: int) -> pb.FrameSize:
     config = service.model_preset.session_config(
         height=height, width=width, window_frames=service.allowed_window_frames
     )
-    return pb.FrameSize(height=height, width=width, generator_byte_count=session_bytes(service, config))
-
-
-def session_bytes(service: ServiceConfig, config: SessionConfig) -> int:
-    """Return what a session holds in a generator: keys and values of its frames and of its prompt."""
-    sizes, geometry = service.model_preset.transformer, Geometry(config.height, config.width)
-    number_bytes = 2 if service.device == "cuda" else 4
-    rows = config.cache_frames * geometry.tokens_per_frame + sizes.text_len
-    return 2 * sizes.num_layers * sizes.dim * rows * number_bytes
+    return pb.FrameSize(height=height, width=width, generator_byte_count=generator_bytes(service, config))

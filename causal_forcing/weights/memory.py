@@ -18,8 +18,13 @@ from causal_forcing.text_encoder import build_encoder
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.weights.loading import build_vae
 
+RESERVE_BYTES = 256 * 2**20
+"""What is left to the runtime."""
+
+ACTIVATIONS = "one block's activations"
+"""Name of the item of a plan that is needed only while a chunk is made."""
+
 _META = torch.device("meta")
-_RESERVE = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def required_bytes(
         config: Of every session.
         dtype: Of weights and caches.
         text_encoder: Whether the text encoder is loaded here too.
-        sessions: Sessions at a time.
+        sessions: Sessions at a time; 0 for the engine alone.
 
     Raises:
         InvalidRequest: If the preset has no such VAE.
@@ -89,7 +94,7 @@ def required_bytes(
         (f"{times}keys and values of {config.cache_frames} frames", sessions * cache.nbytes),
         (f"{times}prompt keys and values", sessions * cross),
         (f"{times}decoder state", sessions * decoder),
-        ("one block's activations", _activation_bytes(preset, config, dtype)),
+        (ACTIVATIONS, _activation_bytes(preset, config, dtype)),
     ]
     return MemoryPlan(tuple(items))
 
@@ -127,12 +132,12 @@ def require_memory(
         OutOfMemory: With the arithmetic in its message, and what would make it fit.
     """
     available = free(device)
-    if plan.total_bytes + _RESERVE <= available:
+    if plan.total_bytes + RESERVE_BYTES <= available:
         return
     raise OutOfMemory(
-        f"{device} has {_shown(available)} free, but {plan} is needed, and {_shown(_RESERVE)} for the runtime; "
+        f"{device} has {_shown(available)} free, but {plan} is needed, and {_shown(RESERVE_BYTES)} for the runtime; "
         "a smaller window_frames, height or width, a lighter VAE, bfloat16, or a text encoder elsewhere needs less",
-        metadata={"needed_bytes": str(plan.total_bytes + _RESERVE), "free_bytes": str(available)},
+        metadata={"needed_bytes": str(plan.total_bytes + RESERVE_BYTES), "free_bytes": str(available)},
     )
 
 

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from causal_forcing.kv_cache import CacheLayout, KeyValueCache
 from causal_forcing.version import __version__
+from protos.causal_forcing.v1 import video_pb2 as pb
+from serve.claims import claim
 from serve.config import load_config
-from serve.model_facts import describe_model, session_bytes
+from serve.messages import Share
+from serve.model_facts import describe_model
+from serve.requests import parse_config
 from tests.serve.fakes import simulated
 
 
-@pytest.mark.parametrize(
-    ("preset", "device", "dtype"),
-    [("tiny", "cpu", torch.float32), ("causal-forcing-chunkwise", "cuda", torch.bfloat16)],
-)
-def test_the_memory_of_a_session_is_what_the_engine_allocates(preset: str, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("preset", "device"), [("tiny", "cpu"), ("causal-forcing-chunkwise", "cuda")])
+def test_the_memory_of_a_session_is_what_admission_counts(preset: str, device: str) -> None:
     service = load_config(None, preset=preset, device=device)
-    config = service.model_preset.session_config()
-    layout = CacheLayout(
-        capacity=config.cache_frames,
-        sink_frames=config.sink_frames,
-        sink_rope=config.sink_rope,
-        tokens_per_frame=config.geometry.tokens_per_frame,
-        evicts=True,
-    )
-    sizes = service.model_preset.transformer
-    cache = KeyValueCache(sizes, layout, device=torch.device("meta"), dtype=dtype)
-    text = 2 * sizes.num_layers * sizes.text_len * sizes.dim * dtype.itemsize
-    assert session_bytes(service, config) == cache.nbytes + text
+    told = describe_model(service).sizes[0].generator_byte_count
+    prompt = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="anything")])
+    request = parse_config(pb.SessionConfig(prompt=prompt), service)
+    assert told == claim("a", request, Share(), service).nbytes > 0
 
 
 def test_the_model_and_its_limits_are_told() -> None:
