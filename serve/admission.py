@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from causal_forcing.errors import NoCapacity
@@ -183,7 +183,7 @@ class AdmissionBook:
         """Forget a generator that is gone; sessions granted to it stay with their gateways, which will refuse it."""
         self._fleet.retire(replica_id)
 
-    def demand(self, running: Iterable[str]) -> GeneratorDemand:
+    def demand(self, running: Sequence[str]) -> GeneratorDemand:
         """Return the need for generators, and take Serve's word for those it keeps (see :meth:`Fleet.keep`)."""
         able = self._fleet.keep(running)
         counts = self.counts()

@@ -22,6 +22,7 @@ from ray.serve.config import AutoscalingContext
 
 from .admission_actor import find
 from .detached import detached
+from .fleet import stop_order
 from .messages import GeneratorDemand
 
 POLL_EVERY_S = 0.25
@@ -48,23 +49,6 @@ def wanted_replicas(
     idle = takewhile(lambda replica: demand.held.get(replica) == 0, stop_order(running, demand.nodes))
     can_stay = len(running) - sum(1 for _ in idle)
     return max(needed, min(target, can_stay))
-
-
-def stop_order(running: Sequence[str], nodes: dict[str, str]) -> list[str]:
-    """Return the generators in the order in which Serve would stop them.
-
-    Nodes with the fewest replicas first, and on one node the newest first. Serve counts replicas of all deployments
-    and spares the head node; here only generators are known, so on a mixed cluster the order is a guess. A wrong guess
-    stops a generator that has a session: it gets no other, and ends when the session does.
-
-    Args:
-        running: Oldest first.
-        nodes: Node of each; one that is not known counts as a node of its own.
-    """
-    by_node: dict[str, list[str]] = {}
-    for replica in running:
-        by_node.setdefault(nodes.get(replica, replica), []).insert(0, replica)
-    return [replica for replicas in sorted(by_node.values(), key=len) for replica in replicas]
 
 
 class GeneratorPolicy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from causal_forcing.errors import InvalidRequest
@@ -14,6 +14,26 @@ GENERATOR_SILENT_S = 5.0
 
 PASSED_OVER_S = 10.0
 """A session that is too large for what is free is passed over for this long; then a generator is kept for it."""
+
+
+def stop_order(running: Sequence[str], nodes: Mapping[str, str]) -> list[str]:
+    """Return generators in the order in which Serve would stop them.
+
+    Nodes with the fewest replicas first, and on one node the newest first; nodes with equally many as they got their
+    first one, so that with one generator a node the *oldest* goes first. Serve counts replicas of all deployments and
+    spares the head node; here only generators are known, so on a mixed cluster the order is a guess. A wrong guess
+    stops a generator that has a session: it gets no other, and ends when the session does.
+
+    Source: ``_get_replicas_to_stop`` in ``ray/serve/_private/deployment_scheduler.py`` (Ray 2.60); a test asks it.
+
+    Args:
+        running: Oldest first.
+        nodes: Node of each; one that is not known counts as a node of its own.
+    """
+    by_node: dict[str, list[str]] = {}
+    for replica in running:
+        by_node.setdefault(nodes.get(replica, replica), []).insert(0, replica)
+    return [replica for replicas in sorted(by_node.values(), key=len) for replica in replicas]
 
 
 @dataclass
@@ -74,6 +94,7 @@ class Fleet:
         self.places: dict[str, GeneratorPlace] = {}
         self._nbytes: dict[str, int] = {}
         self._passed_over_s: dict[str, float] = {}
+        self._stays: dict[str, int] = {}
 
     @property
     def capacity(self) -> int:
@@ -112,12 +133,14 @@ class Fleet:
             if now_s - place.reported_s > GENERATOR_SILENT_S:
                 self.retire(replica_id)
 
-    def keep(self, running: Iterable[str]) -> dict[str, GeneratorPlace]:
-        """Take Serve's word for those it keeps and return those that take sessions.
+    def keep(self, running: Sequence[str]) -> dict[str, GeneratorPlace]:
+        """Take Serve's word for those it keeps, oldest first, and return those that take sessions.
 
         A generator that is no longer among them is being stopped: it gets no sessions, and it ends with those it has.
         """
         kept = set(running)
+        nodes = {replica_id: place.node_id for replica_id, place in self.places.items()}
+        self._stays = {replica_id: rank for rank, replica_id in enumerate(stop_order(running, nodes))}
         for replica_id, place in self.places.items():
             if replica_id in kept:
                 place.is_kept = True
@@ -153,13 +176,16 @@ class Fleet:
         self.release(session_id)
 
     def find(self, session_id: str) -> str:
-        """Return the emptiest generator that a session fits in; empty if there is none."""
+        """Return the emptiest generator that a session fits in; empty if there is none.
+
+        Of those that are equally empty, the one that Serve would stop last: so that the idle ones can be stopped.
+        """
         fitting = [
-            (place.free, replica_id)
+            (place.free, self._stays.get(replica_id, -1), replica_id)
             for replica_id, place in self.places.items()
             if place.free and place.kept_for in ("", session_id) and self._has_memory(place, session_id)
         ]
-        return max(fitting)[1] if fitting else ""
+        return max(fitting)[-1] if fitting else ""
 
     def pass_over(self, session_id: str, now_s: float) -> None:
         """Let smaller sessions go first for a while, then keep the generator with the most memory left."""

@@ -13,8 +13,9 @@ from ray.exceptions import RayActorError
 import serve.autoscaling as autoscaling
 from serve.admission import SETTLE_S, AdmissionBook
 from serve.app import build
-from serve.autoscaling import GeneratorPolicy, stop_order, wanted_replicas
+from serve.autoscaling import GeneratorPolicy, wanted_replicas
 from serve.config import load_config
+from serve.fleet import stop_order
 from serve.messages import GeneratorDemand, Ticket
 
 NODE = {"a": "n", "b": "n", "c": "n", "d": "n"}
@@ -84,8 +85,18 @@ def test_replicas_are_stopped_node_by_node_the_smallest_first_and_newest_first_o
     assert stop_order("abc", {}) == ["a", "b", "c"]
 
 
-def test_the_newest_is_stopped_first_by_the_installed_serve() -> None:
-    """What :func:`stop_order` rests on, asked of Serve's scheduler itself."""
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        {"a": "big", "b": "small", "c": "big", "d": "big", "e": "small"},
+        {"a": "1", "b": "2", "c": "3", "d": "4", "e": "5"},
+        {"a": "1", "b": "1", "c": "1", "d": "1", "e": "1"},
+        {"a": "2", "b": "1", "c": "2", "d": "1", "e": "3"},
+    ],
+    ids=["two nodes", "one each", "one node", "equally many"],
+)
+def test_the_installed_serve_stops_in_this_order(nodes: dict[str, str]) -> None:
+    """What :func:`stop_order` says, asked of Serve's scheduler itself."""
     from ray.serve._private.common import DeploymentID, ReplicaID
     from ray.serve._private.deployment_scheduler import DeploymentScheduler
 
@@ -93,7 +104,6 @@ def test_the_newest_is_stopped_first_by_the_installed_serve() -> None:
     no_labels = SimpleNamespace(get_node_labels=lambda node: {})
     scheduler = DeploymentScheduler(no_labels, head_node_id="head", create_placement_group_fn=lambda: None)
     scheduler._deployments[deployment] = SimpleNamespace(label_selector=None, bundle_label_selector=None)
-    nodes = {"a": "big", "b": "small", "c": "big", "d": "big", "e": "small"}
     for name, node in nodes.items():
         scheduler._running_replicas[deployment][ReplicaID(name, deployment)] = node
     stopped = [
@@ -101,6 +111,19 @@ def test_the_newest_is_stopped_first_by_the_installed_serve() -> None:
     ]
     ours = stop_order("abcde", nodes)
     assert stopped == [set(ours[:count]) for count in range(1, 6)]
+
+
+@pytest.mark.parametrize(("nodes", "granted"), [("123", "cba"), ("111", "abc"), ("112", "abc")])
+def test_sessions_go_where_serve_would_stop_last(nodes: str, granted: str) -> None:
+    """So that what is idle is first in Serve's order, and can be stopped while sessions last."""
+    book = AdmissionBook(10, 0.0)
+    for name, node in zip("abc", nodes, strict=True):
+        book.report(name, 1, [], SETTLE_S, node_id=node)
+    demand = book.demand("abc")
+    places = [book.enqueue(Ticket(f"s{n}", "gateway", float(n)), SETTLE_S) for n in range(3)]
+    assert [place.replica_id for place in places] == list(granted)
+    busy = {**demand.held, granted[0]: 1}
+    assert wanted_replicas(GeneratorDemand(0, busy, demand.nodes), "abc", 3, 1, 0) == 1
 
 
 class Admission:
