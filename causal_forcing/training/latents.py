@@ -168,13 +168,24 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Latents:
         raise FileNotFoundError(f"{folder} has no latents: run python -m causal_forcing.training.latents first")
     values = torch.cat([load_file(path)["latents"].to(device) for path in paths])
     metadata = [read_metadata(path) for path in paths]
-    clips = tuple(Clip.from_json(clip) for entry in metadata for clip in json.loads(entry["clips"]))
+    clips = tuple(clip for entry in metadata for clip in _clips(entry))
     digest = hashlib.sha256("".join(entry["digest"] for entry in metadata).encode())
     digest.update(captions.vocabulary_hash().encode())
     mean, std = values.mean((0, 2, 3, 4)), values.std((0, 2, 3, 4))
     shape = (1, -1, 1, 1, 1)
     normalised = (values - mean.view(shape)) / std.view(shape)
     return Latents(normalised, clips, tuple(mean.tolist()), tuple(std.tolist()), digest.hexdigest())
+
+
+def _clips(metadata: Mapping[str, str]) -> list[Clip]:
+    return [Clip.from_json(clip) for clip in json.loads(metadata["clips"])]
+
+
+def _clips_of_all(folder: Path, drawn: Mapping[Path, Shard]) -> list[Clip]:
+    """Return the clips of every shard, written or only drawn, in the order in which :func:`load` will return them."""
+    made = {path: _clips(read_metadata(path)) for path in folder.glob("shard-*.safetensors")}
+    made |= {path: list(shard.clips) for path, shard in drawn.items()}
+    return [clip for path in sorted(made) for clip in made[path]]
 
 
 @dataclass(frozen=True)
@@ -250,18 +261,14 @@ def build(
     """
     folder = root / "latents"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [
-        (path, index)
-        for index in range(-(-clips // SHARD_CLIPS))
-        if not (path := folder / f"shard-{index:04d}.safetensors").exists()
-    ]
+    paths = [folder / f"shard-{index:04d}.safetensors" for index in range(-(-clips // SHARD_CLIPS))]
     shards: Iterator[tuple[Path, Shard]] = (
-        (path, Shard.of(seed, index, two_objects=two_objects)) for path, index in missing
+        (path, Shard.of(seed, index, two_objects=two_objects)) for index, path in enumerate(paths) if not path.exists()
     )
     if wait:
-        drawn = [*shards]
-        publish(folder, [clip for _, shard in drawn for clip in shard.clips])
-        shards = iter(drawn)
+        drawn = dict(shards)
+        shards = iter(drawn.items())
+        publish(folder, _clips_of_all(folder, drawn))
         wait_for(root / "vae")
     parameters = load_file(root / "vae" / "ema.safetensors", device=str(device.torch))
     for path, shard in shards:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -194,6 +195,19 @@ def test_latents_are_made_once_and_know_their_data(root):
     assert data.values.shape == (8, 16, 5, 8, 8)
     torch.testing.assert_close(data.values.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(data.values.std((0, 2, 3, 4)), torch.ones(16), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lost", [[], ["shard-0000"], ["shard-0000", "shard-0001"]])
+def test_stages_that_wait_learn_of_every_clip_even_of_those_that_were_made_before(root, tmp_path, lost):
+    for name in ("vae", "text"):
+        (tmp_path / name).symlink_to(root / name)
+    shutil.copytree(root / "latents", tmp_path / "latents")
+    for name in lost:
+        (tmp_path / "latents" / f"{name}.safetensors").unlink()
+    data = latents.build(tmp_path, clips=8, two_objects=0.0, config=VAE, wait=True)
+    assert latents.published(tmp_path / "latents") == list(data.clips)
+    assert len(data.clips) == 8
+    ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1, wait=True)
 
 
 def test_a_missing_data_set_says_what_to_run(tmp_path):
