@@ -146,6 +146,7 @@ class RayBackends:
         generator: DeploymentHandle[Any],
         decoder: DeploymentHandle[Any],
         generator_silence_s: float,
+        model: str,
     ) -> None:
         self.mailbox = mailbox
         self._silence = SilenceWatch(
@@ -154,6 +155,7 @@ class RayBackends:
             answers=lambda replica_id: answers_its_health_check(replica_actor(generator, replica_id)),
             end=lambda lease: end_replica(replica_actor(generator, lease.replica_id), lease),
         )
+        self._model = model
         self._desk = desk
         self._text_encoder = text_encoder
         self._generator = generator.options(stream=True)
@@ -186,7 +188,7 @@ class RayBackends:
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         """Run a lease; closing the iteration cancels it."""
-        response: Any = self._generator.lease.remote(request)
+        response: Any = self._generator.lease.remote(replace(request, model=self._model))
         try:
             with contextlib.ExitStack() as watched:
                 async for event in response:
@@ -215,7 +217,7 @@ class RayBackends:
     async def encode(self, text: str) -> PackedEmbedding:
         """Return a prompt's embedding."""
         answer: PackedEmbedding | Failure = await _insist(
-            lambda _: self._text_encoder.encode.remote(text), "the text encoder", "TEXT_ENCODER_LOST"
+            lambda _: self._text_encoder.encode.remote(text, self._model), "the text encoder", "TEXT_ENCODER_LOST"
         )
         if isinstance(answer, Failure):
             raise FailedElsewhere(answer)
@@ -224,21 +226,25 @@ class RayBackends:
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return a chunk's frames, or NEED_PRIME; after a death, from any decoder."""
 
-        def call(attempt: int) -> Awaitable[Decoded]:
+        def call(attempt: int) -> Awaitable[Decoded | Failure]:
             if request.replica_id and not attempt:
-                return self._decoder.decode.remote(request)
+                return self._decoder.decode.remote(replace(request, model=self._model))
             self._decoders.pop(request.session_id, None)
             loads = dict(Counter(self._decoders.values()))
-            return self._decoder.decode.remote(replace(request, replica_id="", loads=loads))
+            return self._decoder.decode.remote(replace(request, replica_id="", loads=loads, model=self._model))
 
-        answer: Decoded = await _insist(call, "the decoder", "DECODER_LOST")
+        answer: Decoded | Failure = await _insist(call, "the decoder", "DECODER_LOST")
+        if isinstance(answer, Failure):
+            raise FailedElsewhere(answer)
         self._decoders[request.session_id] = answer.replica_id
         return answer
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor:
         """Return a start image's latents, from any decoder."""
         answer: PackedTensor | Failure = await _insist(
-            lambda _: self._decoder.encode_image.remote(request), "the decoder", "DECODER_LOST"
+            lambda _: self._decoder.encode_image.remote(replace(request, model=self._model)),
+            "the decoder",
+            "DECODER_LOST",
         )
         if isinstance(answer, Failure):
             raise FailedElsewhere(answer)

@@ -406,6 +406,11 @@ class ServiceConfig(Section):
         return get_preset(self.preset)
 
     @property
+    def model_key(self) -> str:
+        """What tells this service's latents, embeddings and pixels from another one's."""
+        return f"{self.engine} {self.preset} {self.vae} {self.weights_dir or ''}"
+
+    @property
     def allowed_sizes(self) -> tuple[tuple[int, int], ...]:
         """Frame sizes ``(height, width)`` that sessions may have; the first is the default."""
         return self.sizes or ((self.model_preset.height, self.model_preset.width),)

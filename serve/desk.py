@@ -45,9 +45,22 @@ class Carrier(Protocol):
 class AdmissionDesk:
     """A gateway's end: joins sessions to the queue and tells them where they stand."""
 
-    def __init__(self, actor: Any, gateway_id: str) -> None:  # noqa: ANN401  (ray's handles are untyped)
+    def __init__(
+        self,
+        actor: Any,  # noqa: ANN401  (ray's handles are untyped)
+        gateway_id: str,
+        is_current: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Take the actor's handle.
+
+        Args:
+            actor: Admission.
+            gateway_id: Unique id of the gateway's replica.
+            is_current: Whether the gateway's version of the application is the one in service; may block.
+        """
         self._actor = actor
         self._gateway_id = gateway_id
+        self._is_current = is_current
         self._carrier: Carrier | None = None
         self._tickets: dict[str, Ticket] = {}
         self._started_s: dict[str, float] = {}
@@ -72,7 +85,8 @@ class AdmissionDesk:
         Raises:
             NoCapacity: If the queue, or the tenant's part of it, is full.
             InvalidRequest: If no generator has the memory, which may show when the first one has started.
-            Unavailable: If admission cannot be reached.
+            Unavailable: If admission cannot be reached, or if another version of the application has taken over: its
+                generators are not in this queue, and those that are will stop (``REPLICA_DRAINING``).
         """
         if self._loop is None or self._loop.done():
             self._loop = detached(self._keep_synced())
@@ -90,6 +104,8 @@ class AdmissionDesk:
             place = self._places.get(session_id, place)
             if place.most_bytes is not None:
                 raise too_large(claim.nbytes, place.most_bytes)
+            if not place.replica_id and not await asyncio.to_thread(self._is_current):
+                raise Unavailable("a new version of the service has taken over", reason="REPLICA_DRAINING")
             yield place
 
     async def confirm(self, session_id: str, replica_id: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -14,7 +16,7 @@ from starlette.responses import Response
 
 from protos.causal_forcing.v1 import video_pb2 as pb
 
-from . import logs
+from . import logs, succession
 from .admission_actor import connect
 from .backends import RayBackends
 from .config import ServiceConfig
@@ -41,7 +43,8 @@ class Gateway:
         logs.set_up(config.logs)
         replica = serve.get_replica_context()
         replica_id: str = replica.replica_id.unique_id
-        desk = AdmissionDesk(connect(admission, config), replica_id)
+        is_current = partial(succession.is_current, replica.app_name, admission)
+        desk = AdmissionDesk(connect(admission, config), replica_id, is_current)
         backends = RayBackends(
             desk=desk,
             mailbox=start_mailbox(config.gateway.max_sessions),
@@ -49,11 +52,13 @@ class Gateway:
             generator=generator,
             decoder=decoder,
             generator_silence_s=config.generator.silence_timeout_s,
+            model=config.model_key,
         )
         self._service = GatewayService(config, backends, desk, replica_id)
         desk.carry(self._service)
         self._http = HttpEndpoints(config, lambda: running_replicas(replica.app_name))
         detached(self._service.keep_reloading())
+        await asyncio.to_thread(succession.announce, replica.app_name, admission)
         LOGGER.info("configuration: %s", config.model_dump_json())
 
     async def StreamVideo(  # noqa: N802  (the RPC's name)

@@ -50,6 +50,7 @@ from .messages import (
 from .pace import Pace
 from .reporter import Reporter
 from .status import failure_of
+from .succession import refusal
 
 POLL_S = 2.0
 """How long one poll of the mailbox waits; the next one also says that this process is not frozen."""
@@ -360,6 +361,7 @@ class Generator:
             budget_bytes=budget_bytes,
         )
         reporter.start()
+        self._model = config.model_key
         self._service = GeneratorService(
             engine,
             worker,
@@ -372,6 +374,10 @@ class Generator:
 
     async def lease(self, request: LeaseRequest) -> AsyncIterator[LeaseEvent]:
         """Run one session (see :meth:`GeneratorService.lease`)."""
+        refused = refusal(request.model, self._model)
+        if refused is not None:
+            yield LeaseEnded(refused)
+            return
         async with contextlib.aclosing(self._service.lease(request)) as events:
             async for event in events:
                 yield event

@@ -289,6 +289,7 @@ class LeaseRequest:
         resume: What to go on from; None for a session that has no chunk yet.
         frames_per_second: Pace of the video; None is as fast as possible.
         lead_s: How much earlier than at its time in the video a chunk may be begun.
+        model: The gateway's model (see :func:`serve.succession.refusal`); likewise in the other requests.
     """
 
     replica_id: str
@@ -301,6 +302,7 @@ class LeaseRequest:
     resume: Resume | None = None
     frames_per_second: float | None = None
     lead_s: float = 0.0
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -426,6 +428,7 @@ class DecodeRequest:
         keyframe: Whether its first frame must be decodable by itself.
         history: Up to 38 latent frames before the chunk, in answer to NEED_PRIME; None otherwise.
         loads: Without a ``replica_id``, how many of the gateway's sessions each decoder has; the least gets this one.
+        model: The gateway's.
     """
 
     replica_id: str
@@ -441,6 +444,7 @@ class DecodeRequest:
     keyframe: bool = False
     history: PackedTensor | None = None
     loads: Mapping[str, int] = field(default_factory=dict)
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -471,11 +475,13 @@ class EncodeImage:
         data: The file.
         height: Pixel rows of the session.
         width: Pixel columns of the session.
+        model: The gateway's.
     """
 
     data: bytes
     height: int
     width: int
+    model: str = ""
 
 
 @dataclass(frozen=True)

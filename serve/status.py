@@ -10,7 +10,7 @@
 | NoSuchSession | NOT_FOUND | NO_SUCH_SESSION |
 | Unauthenticated | UNAUTHENTICATED | BAD_CREDENTIALS |
 | NotAllowed | PERMISSION_DENIED | its own, e.g. NOT_SESSION_OWNER |
-| Unavailable | UNAVAILABLE | GENERATOR_LOST, DECODER_LOST, ...; with a time to retry |
+| Unavailable | UNAVAILABLE | GENERATOR_LOST, REPLICA_DRAINING, ...; with a time to retry |
 | DeviceFault, OutOfMemory, NonFiniteOutput | UNAVAILABLE | DEVICE_FAULT; the metadata has the cause |
 | BackPressureError (Serve) | RESOURCE_EXHAUSTED | NO_SESSION_SLOT |
 | RayActorError (Ray) | UNAVAILABLE | REPLICA_LOST |

@@ -15,6 +15,7 @@ from .config import ServiceConfig
 from .engines import load_text
 from .messages import PackedEmbedding
 from .status import Failure, failure_of
+from .succession import refusal
 
 
 class TextEncoder:
@@ -24,12 +25,17 @@ class TextEncoder:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
         loop = asyncio.get_running_loop()
         self._engine = await loop.run_in_executor(self._worker, load_text, config)
-        batching: Any = self.encode  # Serve's decorator adds the setters
+        self._model = config.model_key
+        batching: Any = self.encode_batch  # Serve's decorator adds the setters
         batching.set_max_batch_size(config.text_encoder.max_batch)
         batching.set_batch_wait_timeout_s(config.text_encoder.batch_wait_s)
 
+    async def encode(self, text: str, model: str) -> PackedEmbedding | Failure:
+        """Return a text's embedding, or why there is none; ``model`` is the gateway's."""
+        return refusal(model, self._model) or await self.encode_batch(text)
+
     @serve.batch
-    async def encode(self, texts: list[str]) -> list[PackedEmbedding | Failure]:
+    async def encode_batch(self, texts: list[str]) -> list[PackedEmbedding | Failure]:
         """Return one embedding per text; Serve calls it with the texts of several callers."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, self._encode_all, texts)
 

@@ -25,6 +25,7 @@ from .frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
 from .images import read_start_image
 from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor
 from .status import Failure, failure_of
+from .succession import refusal
 
 IDLE_S = 300.0
 """A cache that was not used for this long belongs to a session whose end was lost."""
@@ -215,16 +216,17 @@ class VaeDecoder:
         device = ThreadPoolExecutor(1, thread_name_prefix="device")
         engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._model = config.model_key
         self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, device)
 
-    async def decode(self, request: DecodeRequest) -> Decoded:
-        """Return a chunk's encoded frames, or NEED_PRIME."""
-        return await self._service.decode(request)
+    async def decode(self, request: DecodeRequest) -> Decoded | Failure:
+        """Return a chunk's encoded frames, or NEED_PRIME, or why there are none."""
+        return refusal(request.model, self._model) or await self._service.decode(request)
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor | Failure:
         """Return the latents of a start image, or why there are none."""
         try:
-            return await self._service.encode_image(request)
+            return refusal(request.model, self._model) or await self._service.encode_image(request)
         except InvalidRequest as error:
             return failure_of(error)
 

@@ -19,6 +19,7 @@ from serve.admission import GATEWAY_SILENT_S, SETTLE_S
 from serve.admission_actor import _AdmissionActor
 from serve.desk import AdmissionDesk
 from serve.directory import LOST_S
+from serve.errors import Unavailable
 from serve.messages import Claim, Place, Progress, Share
 from serve.reporter import Reporter
 
@@ -109,6 +110,24 @@ async def test_a_refused_grant_comes_again(actor: Remote) -> None:
     await desk.refuse("a", "g1", gone=False)
     await generator.remove("nothing")  # it reports again, so it can be reached
     assert await granted(places) == "g1"
+    desk.close()
+
+
+async def test_who_waits_with_a_version_that_is_replaced_is_sent_away_unless_a_generator_is_free(
+    actor: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.desk.TELL_EVERY_S", 0.01)
+    current = [True]
+    desk, generator = AdmissionDesk(actor, "gw", lambda: current[0]), Reporter(actor, "g1", capacity=1)
+    first, second = desk.places(Claim("a")), desk.places(Claim("b"))
+    assert await next_place(first) == await next_place(first) == Place(0)
+    generator.start()
+    current[0] = False
+    assert await granted(first) == "g1"
+    assert await next_place(second) == Place(0)
+    with pytest.raises(Unavailable) as caught:
+        await next_place(second)
+    assert (caught.value.reason, caught.value.retryable) == ("REPLICA_DRAINING", True)
     desk.close()
 
 

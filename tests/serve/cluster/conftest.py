@@ -83,7 +83,7 @@ class Cluster:
 
         async def encode() -> object:
             try:
-                return await handle.encode.remote("a red circle")
+                return await handle.encode.remote("a red circle", self.config.model_key)
             except RayActorError:
                 return None
 

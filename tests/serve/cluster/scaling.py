@@ -18,7 +18,7 @@ from ray.serve.api import _run
 
 from serve.admission_actor import NAMESPACE
 from serve.app import APP_NAME, admission_name, build
-from serve.client import AsyncVideoClient, AsyncVideoSession, Ended, Frame, Queued, StreamOptions
+from serve.client import AsyncVideoClient, AsyncVideoSession, Ended, Frame, Queued, StreamOptions, VideoServiceError
 from serve.config import ServiceConfig, load_config
 from serve.local import free_port, local_service
 
@@ -85,6 +85,16 @@ async def read(stream: AsyncVideoSession, chunks: int) -> dict[str, Any]:
     return {"queued": queued, "chunks": seen, "seconds": round(time.perf_counter() - start, 2)}
 
 
+async def how_it_ends(stream: AsyncVideoSession) -> list[str]:
+    """Return the code and the reason that a session ends with that gets nothing."""
+    try:
+        async for event in stream:
+            assert isinstance(event, Queued), event
+    except VideoServiceError as error:
+        return [error.code.name, error.reason]
+    return []
+
+
 async def scale(address: str, watch: Watch, redeploy: Callable[[], ServiceConfig]) -> dict[str, Any]:
     """Go from no generator to two and back, then replace one under a session."""
     seen: dict[str, Any] = {}
@@ -102,11 +112,16 @@ async def scale(address: str, watch: Watch, redeploy: Callable[[], ServiceConfig
         seen["while_the_newest_is_busy"] = [states for states in low if states != {"RUNNING": 2}]
         await newer.end()
     await watch.until("no generator is left", lambda states, counts: not states and counts["generators"] == 0)
-    async with session(address) as running:
+    async with session(address) as running, session(address) as other, session(address) as waiting:
         await read(running, 2)
+        await read(other, 2)
+        seen["waiting"] = type(await anext(waiting)).__name__
         after = Watch(redeploy())
-        await watch.until("the old generator drains", lambda states, _: states.get("STOPPING", 0) == 1)
+        sent_away = asyncio.create_task(how_it_ends(waiting))
+        await watch.until("the old generators drain", lambda states, _: states.get("STOPPING", 0) == 2)
         seen["while_draining"] = await read(running, 30)
+        await other.end()
+        seen["sent_away"] = await sent_away
         both = {"RUNNING": 1, "STOPPING": 1}
         await watch.until("a new gateway beside the old one", lambda *_: watch.replicas("Gateway") == both)
         async with session(address) as fresh:

@@ -22,5 +22,6 @@ def test_generators_start_for_sessions_and_stop_after_them() -> None:
     assert seen["generators_for_two"] == {"RUNNING": 2}
     assert seen["while_the_newest_is_busy"] == [], "Serve would stop the newest, which has a session"
     assert seen["while_draining"]["chunks"] == 30
+    assert (seen["waiting"], seen["sent_away"]) == ("Queued", ["UNAVAILABLE", "REPLICA_DRAINING"])
     assert (seen["after_redeploy"]["chunks"], seen["still_running"]["chunks"]) == (2, 2)
     assert seen["ended_well"]
