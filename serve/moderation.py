@@ -134,10 +134,20 @@ class Moderator:
         async with self._http.post(self._config.url, json=body, allow_redirects=False) as response:
             if response.status != 200:
                 raise ValueError(f"status {response.status}")
-            answer = json.loads(await response.content.read(MAX_ANSWER_BYTES))
+            answer = json.loads(await _read(response.content))
         if not isinstance(answer["allowed"], bool):
             raise TypeError("allowed must be true or false")
         return Verdict(answer["allowed"], str(answer.get("category", "")))
+
+
+async def _read(stream: aiohttp.StreamReader) -> bytes:
+    """Return an answer, which may come in pieces."""
+    data = bytearray()
+    async for piece in stream.iter_any():
+        data += piece
+        if len(data) > MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    return bytes(data)
 
 
 def load_hook(path: str) -> Hook:

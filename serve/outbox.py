@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 
 from .config import ServiceConfig
@@ -105,6 +106,15 @@ class Outbox:
         moved = pb.SessionMoved(chunk_index=next_chunk, frame_index=self.next_frame, reason=reason)
         moved.interruption.FromNanoseconds(duration_ns(interruption_s))
         self._send(session_moved=moved)
+
+    def prompt_refused(self, update: PromptUpdate, failure: Failure) -> None:
+        """Tell that a prompt has no effect."""
+        refused = pb.PromptRefused(
+            prompt_id=update.prompt_id, reason=failure.reason, message=failure.message, error_id=failure.error_id
+        )
+        if failure.retry_after_s is not None:
+            refused.retry_after.FromNanoseconds(duration_ns(failure.retry_after_s))
+        self._send(prompt_refused=refused)
 
     def pong(self, ping: pb.Ping) -> None:
         """Answer a ping."""

@@ -8,16 +8,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NoReturn
 
-from causal_forcing.errors import NoCapacity
+from causal_forcing.errors import CausalForcingError, NoCapacity
 from causal_forcing.prompts import PromptUpdate
 
 from .backends import Backends
 from .control_line import ControlLine
 from .messages import PackedEmbedding
+from .status import Failure, failure_of
 from .usage import Spent
 
 _Encoded = tuple[list[PackedEmbedding], float]
 """A prompt's embeddings, and the seconds they took."""
+
+Refuse = Callable[[PromptUpdate, Failure], None]
+"""Tells the client that a prompt has no effect, and why."""
 
 
 class PromptFeed:
@@ -27,7 +31,8 @@ class PromptFeed:
         backends: The other processes.
         line: Where encoded prompts go.
         limit: Prompts that may wait for their first chunk.
-        check: Raises if a prompt may not be shown.
+        check: Raises if a prompt may not be shown; the session goes on without it.
+        refuse: Is told of such prompts.
         spent: What the session has taken so far.
     """
 
@@ -36,30 +41,32 @@ class PromptFeed:
         backends: Backends,
         line: ControlLine,
         limit: int,
+        *,
         check: Callable[[PromptUpdate], Awaitable[None]],
+        refuse: Refuse,
         spent: Spent,
     ) -> None:
         self._backends = backends
         self._line = line
         self._check = check
+        self._refuse = refuse
         self._spent = spent
         self._limit = limit
-        self._queue: asyncio.Queue[tuple[PromptUpdate, asyncio.Task[_Encoded]]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[PromptUpdate, asyncio.Task[_Encoded | Failure]]] = asyncio.Queue()
         self._unapplied = 0
         self._text_s: deque[float] = deque()
 
     def submit(self, update: PromptUpdate, *, is_checked: bool = False) -> None:
-        """Begin to encode a prompt; it goes to the generator after those before it.
+        """Begin to encode a prompt; it goes to the generator after those before it. Too many waiting: refuse it.
 
         Args:
             update: The prompt.
             is_checked: Whether it is known that it may be shown.
-
-        Raises:
-            NoCapacity: If too many wait for their first chunk.
         """
         if self._unapplied >= self._limit:
-            raise NoCapacity(f"{self._limit} prompts wait for their first chunk", reason="TOO_MANY_PROMPTS")
+            text = f"{self._limit} prompts wait for their first chunk"
+            self._refuse(update, failure_of(NoCapacity(text, reason="TOO_MANY_PROMPTS")))
+            return
         self._unapplied += 1
         self._queue.put_nowait((update, asyncio.create_task(self._encode(update, is_checked=is_checked))))
 
@@ -67,7 +74,12 @@ class PromptFeed:
         """Hand on prompts in order, for ever."""
         while True:
             update, encoding = await self._queue.get()
-            embeddings, text_s = await encoding
+            encoded = await encoding
+            if isinstance(encoded, Failure):
+                self._unapplied -= 1
+                self._refuse(update, encoded)
+                continue
+            embeddings, text_s = encoded
             self._text_s.append(text_s)
             self._spent.prompt(text_s)
             await self._line.prompt(update, embeddings)
@@ -85,9 +97,13 @@ class PromptFeed:
             encoding.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _encode(self, update: PromptUpdate, *, is_checked: bool) -> _Encoded:
+    async def _encode(self, update: PromptUpdate, *, is_checked: bool) -> _Encoded | Failure:
+        """Return a prompt's embeddings, or why it may not be shown; raise if the text encoder fails."""
         if not is_checked:
-            await self._check(update)
+            try:
+                await self._check(update)
+            except CausalForcingError as error:
+                return failure_of(error)
         start = time.perf_counter()
         embeddings = await asyncio.gather(*(self._backends.encode(prompt.text) for prompt in update.prompts))
         return list(embeddings), time.perf_counter() - start

@@ -79,8 +79,14 @@ class LiveSession:
         self._outbox = Outbox()
         self._patience = Patience(service.limits)
         self._line = ControlLine(backends, session_id)
-        limit = service.limits.max_pending_prompts
-        self._feed = PromptFeed(backends, self._line, limit, self._guard.check, self._spent)
+        self._feed = PromptFeed(
+            backends,
+            self._line,
+            service.limits.max_pending_prompts,
+            check=self._guard.check,
+            refuse=self._outbox.prompt_refused,
+            spent=self._spent,
+        )
         self._moves = Moves(service.limits)
         self._memory: SessionMemory | None = None
         self._is_ending = self._has_generator = False

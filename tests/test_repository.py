@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -28,6 +29,16 @@ LIGHT_MODULES = (
 
 HEAVY_MODULES = ("av", "numpy", "PIL", "ray", "safetensors", "torch", "tqdm", "transformers")
 """What the base install does not bring."""
+
+PACKAGE_OF = {
+    "PIL": "pillow",
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "grpc_reflection": "grpcio-reflection",
+    "jwt": "pyjwt",
+    "yaml": "pyyaml",
+}
+"""Packages that are not called as what they are imported as."""
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -109,6 +120,28 @@ def test_constraints_pin_every_dependency() -> None:
     wanted = [*project["dependencies"], *extras["media"], *extras["server"], *extras["dev"]]
     names = {_canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
     assert names - {"causal-forcing-serve"} <= pinned
+
+
+def test_what_the_service_imports_is_in_its_extra() -> None:
+    """What comes in through another package today may not come tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["media"], *extras["server"]]
+    declared = {_canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
+    found = {name for path in ROOT.glob("serve/**/*.py") for name in _imported(path)} - set(sys.stdlib_module_names)
+    packages = {PACKAGE_OF.get(name, _canonical(name)) for name in found - {"causal_forcing", "protos", "serve"}}
+    assert "ray" in packages
+    assert packages <= declared
+
+
+def _imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 def _canonical(name: str) -> str:

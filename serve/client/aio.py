@@ -24,6 +24,7 @@ from .events import (
     FramesDropped,
     Moved,
     PromptApplied,
+    PromptRefused,
     Queued,
     Started,
     StreamOptions,
@@ -204,7 +205,7 @@ class AsyncVideoSession:
             case "session_moved":
                 moved = message.session_moved
                 return Moved(moved.chunk_index, moved.frame_index, moved.reason, seconds(moved.interruption))
-            case "frames_dropped" | "session_ending":
+            case "prompt_refused" | "frames_dropped" | "session_ending":
                 return _warning(message)
             case "session_ended":
                 ended = message.session_ended
@@ -243,7 +244,11 @@ class AsyncVideoSession:
         )
 
 
-def _warning(message: pb.StreamVideoResponse) -> FramesDropped | Ending:
+def _warning(message: pb.StreamVideoResponse) -> PromptRefused | FramesDropped | Ending:
+    if message.HasField("prompt_refused"):
+        refused = message.prompt_refused
+        retry_after_s = seconds(refused.retry_after) if refused.HasField("retry_after") else None
+        return PromptRefused(refused.prompt_id, refused.reason, refused.message, retry_after_s, refused.error_id)
     if message.HasField("session_ending"):
         return Ending(seconds(message.session_ending.remaining))
     dropped = message.frames_dropped

@@ -152,6 +152,25 @@ class PromptApplied:
 
 
 @dataclass(frozen=True)
+class PromptRefused:
+    """A prompt has no effect; the session goes on under the one before it.
+
+    Attributes:
+        prompt_id: Its name.
+        reason: Stable UPPER_SNAKE name of why.
+        message: Text for people.
+        retry_after_s: When to send it again, if that makes sense.
+        error_id: Names the refusal in the server's log.
+    """
+
+    prompt_id: str
+    reason: str
+    message: str
+    retry_after_s: float | None
+    error_id: str
+
+
+@dataclass(frozen=True)
 class FramesDropped:
     """Frames that were made and not sent, because this client did not keep up.
 
@@ -272,7 +291,7 @@ class Moved:
     interruption_s: float
 
 
-Event = Queued | Started | PromptApplied | Frame | Moved | FramesDropped | Ending | Ended
+Event = Queued | Started | PromptApplied | PromptRefused | Frame | Moved | FramesDropped | Ending | Ended
 """What a session yields."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from causal_forcing.geometry import FRAMES_PER_SECOND
 from causal_forcing.script import ScriptLine
-from serve.client import Ended, Event, Frame, Moved, PromptApplied, Queued, Started, VideoSession
+from serve.client import Ended, Event, Frame, Moved, PromptApplied, PromptRefused, Queued, Started, VideoSession
 
 if TYPE_CHECKING:
     from causal_forcing.media import Frames
@@ -140,6 +140,9 @@ class Viewer:
             case PromptApplied():
                 self.prompts.append(event)
                 self._say(f"prompt {event.prompt_id} takes effect at chunk {event.chunk_index}")
+            case PromptRefused():
+                self._sent.pop(event.prompt_id, None)
+                self._say(f"prompt {event.prompt_id} is refused ({event.reason}): {event.message}")
             case Moved():
                 self._say(f"the generator was lost ({event.reason}); it went on after {event.interruption_s:.1f} s")
             case Frame():

@@ -120,6 +120,31 @@ async def last(call: Any) -> pb.StreamVideoResponse:
     return message
 
 
+async def refusal(call: Any, text: str) -> pb.PromptRefused:
+    """Send a prompt that is refused; return what is said of it."""
+    update = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text=text)], prompt_id="mine")
+    await call.write(pb.StreamVideoRequest(prompt=update))
+    async with asyncio.timeout(20):
+        while not (message := await call.read()).HasField("prompt_refused"):
+            assert not message.HasField("error"), message
+            assert message.frame.prompt_id != "mine"
+    refused: pb.PromptRefused = message.prompt_refused
+    return refused
+
+
+async def goes_on(call: Any, prompt_id: str) -> None:
+    """Acknowledge what comes until frames show a prompt beyond what was under way; end the session well."""
+    shown = 0
+    async with asyncio.timeout(20):
+        while shown < 4:
+            frame = (await call.read()).frame
+            if frame.last_in_chunk:
+                shown += frame.prompt_id == prompt_id
+                await call.write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=frame.chunk_index)))
+    await call.write(pb.StreamVideoRequest(end=pb.End()))
+    assert (await last(call)).HasField("session_ended")
+
+
 @asynccontextmanager
 async def running(**fields: Any) -> AsyncIterator[Running]:
     backends, directory = FakeBackends(simulated(**fields)), FakeDirectory()
@@ -267,6 +292,22 @@ async def test_a_tenants_prompts_are_limited(keyed: dict[str, Any], tmp_path: Pa
         assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_a_prompt_beyond_its_tenants_limit_leaves_the_session_going_on(
+    keyed: dict[str, Any], tmp_path: Path
+) -> None:
+    rewrite(tmp_path / "tenants.yaml", "default: {prompts_per_minute: 3}")
+    async with running(**keyed) as gateway:
+        call, _ = await gateway.open("a")
+        gateway.directory.wait_s = 7.0
+        refused = await refusal(call, "snow")
+        assert (refused.reason, refused.retry_after.seconds) == ("QUOTA_EXCEEDED", 7)
+        assert refused.error_id
+        gateway.directory.wait_s = 0.0
+        update = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="snow")], prompt_id="again")
+        await call.write(pb.StreamVideoRequest(prompt=update))
+        await goes_on(call, "again")
+
+
 async def test_a_session_without_a_valid_config_frees_its_place() -> None:
     limits = {"config_timeout_s": 0.05}
     async with running(gateway={"max_sessions": 1}, limits=limits) as gateway:
@@ -308,7 +349,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("importable")
-async def test_a_refused_prompt_ends_the_session_before_the_queue_or_when_it_comes() -> None:
+async def test_a_refused_prompt_ends_the_call_before_the_queue_and_has_no_effect_later() -> None:
     async with running(moderation=MODERATED) as gateway:
         call = gateway.stream()
         await send_config(call, "something forbidden")
@@ -318,9 +359,12 @@ async def test_a_refused_prompt_ends_the_session_before_the_queue_or_when_it_com
         assert "words" in error.status.message
         assert gateway.backends.events == []
         call, _ = await gateway.open()
-        update = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="forbidden, too")])
-        await call.write(pb.StreamVideoRequest(prompt=update))
-        assert (await last(call)).error.reason == "CONTENT_REFUSED"
+        refused = await refusal(call, "forbidden, too")
+        assert (refused.prompt_id, refused.reason) == ("mine", "CONTENT_REFUSED")
+        assert "words" in refused.message
+        assert "forbidden" not in str(refused)
+        assert not refused.HasField("retry_after")
+        await goes_on(call, "prompt-0")
     assert [prompts[0] for prompts in HOOK["asked"]] == ["something forbidden", PROMPT, "forbidden, too"]
 
 

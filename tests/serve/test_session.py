@@ -136,11 +136,24 @@ async def test_too_many_prompts_at_once_are_refused_by_name() -> None:
     client, backends = Client(), FakeBackends(simulated(limits={"max_pending_prompts": 2}))
     backends.encode_gate = asyncio.Event()
     client.config()
-    client.prompt("b")
-    client.prompt("c")
-    heard = await run(client, backends)
-    assert heard[-1].error.reason == "TOO_MANY_PROMPTS"
-    assert heard[-1].error.status.code == 8
+    client.prompt("b", prompt_id="b")
+    client.prompt("c", prompt_id="c")
+
+    def on_message(message: pb.StreamVideoResponse) -> None:
+        if message.HasField("prompt_refused"):
+            backends.encode_gate.set()  # type: ignore[union-attr]
+        if message.frame.last_in_chunk:
+            client.ack(message.frame.chunk_index)
+            if message.frame.prompt_id == "b":
+                client.prompt("d", prompt_id="d")
+            if message.frame.prompt_id == "d":
+                client.send(end=pb.End())
+
+    heard = await run(client, backends, on_message)
+    refused = [message.prompt_refused for message in heard if message.HasField("prompt_refused")]
+    assert [(entry.prompt_id, entry.reason) for entry in refused] == [("c", "TOO_MANY_PROMPTS")]
+    assert refused[0].retry_after.seconds == 2
+    assert heard[-1].HasField("session_ended"), "there is room again after the others have been shown"
     assert backends.is_clean
 
 

@@ -199,7 +199,7 @@ class RequestKeyframe(_message.Message):
     def __init__(self) -> None: ...
 
 class StreamVideoResponse(_message.Message):
-    __slots__ = ("sequence", "queue_status", "session_started", "frame", "prompt_applied", "pong", "session_ended", "error", "frames_dropped", "session_ending", "session_moved")
+    __slots__ = ("sequence", "queue_status", "session_started", "frame", "prompt_applied", "pong", "session_ended", "error", "frames_dropped", "session_ending", "session_moved", "prompt_refused")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     QUEUE_STATUS_FIELD_NUMBER: _ClassVar[int]
     SESSION_STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -211,6 +211,7 @@ class StreamVideoResponse(_message.Message):
     FRAMES_DROPPED_FIELD_NUMBER: _ClassVar[int]
     SESSION_ENDING_FIELD_NUMBER: _ClassVar[int]
     SESSION_MOVED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_REFUSED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     queue_status: QueueStatus
     session_started: SessionStarted
@@ -222,7 +223,8 @@ class StreamVideoResponse(_message.Message):
     frames_dropped: FramesDropped
     session_ending: SessionEnding
     session_moved: SessionMoved
-    def __init__(self, sequence: _Optional[int] = ..., queue_status: _Optional[_Union[QueueStatus, _Mapping]] = ..., session_started: _Optional[_Union[SessionStarted, _Mapping]] = ..., frame: _Optional[_Union[VideoFrame, _Mapping]] = ..., prompt_applied: _Optional[_Union[PromptApplied, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., session_ended: _Optional[_Union[SessionEnded, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., frames_dropped: _Optional[_Union[FramesDropped, _Mapping]] = ..., session_ending: _Optional[_Union[SessionEnding, _Mapping]] = ..., session_moved: _Optional[_Union[SessionMoved, _Mapping]] = ...) -> None: ...
+    prompt_refused: PromptRefused
+    def __init__(self, sequence: _Optional[int] = ..., queue_status: _Optional[_Union[QueueStatus, _Mapping]] = ..., session_started: _Optional[_Union[SessionStarted, _Mapping]] = ..., frame: _Optional[_Union[VideoFrame, _Mapping]] = ..., prompt_applied: _Optional[_Union[PromptApplied, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., session_ended: _Optional[_Union[SessionEnded, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., frames_dropped: _Optional[_Union[FramesDropped, _Mapping]] = ..., session_ending: _Optional[_Union[SessionEnding, _Mapping]] = ..., session_moved: _Optional[_Union[SessionMoved, _Mapping]] = ..., prompt_refused: _Optional[_Union[PromptRefused, _Mapping]] = ...) -> None: ...
 
 class QueueStatus(_message.Message):
     __slots__ = ("sessions_ahead_count", "waited", "estimated_wait")
@@ -351,6 +353,20 @@ class PromptApplied(_message.Message):
     frame_index: int
     superseded_prompt_ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, prompt_id: _Optional[str] = ..., chunk_index: _Optional[int] = ..., frame_index: _Optional[int] = ..., superseded_prompt_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PromptRefused(_message.Message):
+    __slots__ = ("prompt_id", "reason", "message", "retry_after", "error_id")
+    PROMPT_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_ID_FIELD_NUMBER: _ClassVar[int]
+    prompt_id: str
+    reason: str
+    message: str
+    retry_after: _duration_pb2.Duration
+    error_id: str
+    def __init__(self, prompt_id: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., error_id: _Optional[str] = ...) -> None: ...
 
 class Pong(_message.Message):
     __slots__ = ("nonce",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from serve.client import (
     FramesDropped,
     Moved,
     PromptApplied,
+    PromptRefused,
     Queued,
     Started,
     StreamOptions,
@@ -122,6 +124,31 @@ async def test_a_slow_client_hears_what_it_missed() -> None:
     dropped = [event for event in events if isinstance(event, FramesDropped)]
     assert (dropped[0].first_chunk_index, dropped[0].first_frame_index) == (1, 1)
     assert any(isinstance(event, Ending) for event in events)
+    assert isinstance(events[-1], Ended)
+
+
+async def test_a_refused_prompt_is_an_event_and_the_session_goes_on() -> None:
+    backends, events = FakeBackends(simulated(limits={"max_pending_prompts": 1})), list[Event]()
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox", pacing="as_fast_as_possible")) as session,
+    ):
+        async for event in session:
+            events.append(event)
+            if isinstance(event, Frame) and event.last_in_chunk and event.chunk_index == 1:
+                backends.encode_gate = asyncio.Event()
+                await session.update_prompt("snow")
+                beyond = await session.update_prompt("rain")
+            if isinstance(event, PromptRefused) and backends.encode_gate is not None:
+                backends.encode_gate.set()
+            if isinstance(event, Frame) and event.prompt_id == "prompt-1":
+                await session.end()
+    refused = [event for event in events if isinstance(event, PromptRefused)]
+    assert [(event.prompt_id, event.reason, event.retry_after_s) for event in refused] == [
+        (beyond, "TOO_MANY_PROMPTS", 2.0)
+    ]
+    assert refused[0].error_id
     assert isinstance(events[-1], Ended)
 
 
