@@ -33,7 +33,7 @@ REFUSED = [
     (config(seed=-1), "seed", "-1", "0"),
     (config(denoising_steps=[500, 750]), "denoising_steps", "(500, 750)", "descending"),
     (config(denoising_steps=[0]), "denoising_steps", "(0,)", "1 to 1000"),
-    (config(window_frames=22), "window_frames", "22", "1 (the sink and one chunk) to 21"),
+    (config(window_frames=9), "window_frames", "9", "1 (the sink and one chunk) to 8"),
     (config(window_frames=3, sink_frames=3), "sink_frames", "3", "smaller than window_frames"),
     (config(sink_frames=-1), "sink_frames", "-1", "0"),
     (
@@ -107,7 +107,7 @@ EVERY_KIND = [
 
 @pytest.mark.parametrize("fields", EVERY_KIND)
 def test_the_effective_config_asks_for_the_same_session_again(fields: dict[str, Any]) -> None:
-    given = config(seed=5, denoising_steps=[1000, 500], window_frames=9, sink_frames=2, credit_chunks=3, **fields)
+    given = config(seed=5, denoising_steps=[1000, 500], window_frames=7, sink_frames=2, credit_chunks=3, **fields)
     request = parse_config(given, simulated())
     again = effective_config(request)
     assert not again.HasField("prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from scope.core.nodes.registry import NodeRegistry
 from scope.core.pipelines.interface import Pipeline
 from scope.core.plugins.hookspecs import ScopeHookSpec
 
+from causal_forcing.config import TinyVaeConfig
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
-from causal_forcing.scope import plugin
+from causal_forcing.presets import get_preset
+from causal_forcing.scope import in_process, plugin
 
 SMALL = {"preset": "tiny", "height": 64, "width": 64, "window_frames": 4, "device": "cpu"}
 
@@ -112,7 +115,10 @@ def test_a_reset_leaves_nothing_behind(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("vae_type", ["tae", "lighttae"])
-def test_a_reset_leaves_nothing_in_a_tiny_decoder(vae_type: str) -> None:
+def test_a_reset_leaves_nothing_in_a_tiny_decoder(monkeypatch: pytest.MonkeyPatch, vae_type: str) -> None:
+    vaes = {"tae": TinyVaeConfig((16, 8, 8, 8)), "lighttae": TinyVaeConfig((16, 8, 8, 8), False)}
+    preset = replace(get_preset("tiny"), vaes=vaes, trained=False)
+    monkeypatch.setattr(in_process, "get_preset", lambda name: preset)
     run = load(vae_type=vae_type)
     fresh = [run(prompts="a red circle", init_cache=index == 0)["video"] for index in range(3)]
     again = [run(prompts="a red circle", init_cache=index == 0)["video"] for index in range(3)]

@@ -29,7 +29,7 @@ def server(backends: FakeBackends) -> Iterator[str]:
 
 
 def load(server: str, **chosen: Any) -> CausalForcingPipeline:
-    return CausalForcingPipeline(server=server, height=64, width=64, **chosen)
+    return CausalForcingPipeline(server=server, height=64, width=64, window_frames=8, **chosen)
 
 
 def test_chunks_come_from_the_server(server: str) -> None:

@@ -145,13 +145,18 @@ def test_inspection_describes_a_training_checkpoint(framewise, transformer_weigh
 
 
 @pytest.mark.parametrize(
-    ("part", "family"), [("transformer", "transformer"), ("vae/wan", "vae"), ("vae/tae", "tiny_vae")]
+    ("name", "part", "family"),
+    [
+        ("tiny", "transformer", "transformer"),
+        ("tiny", "vae/wan", "vae"),
+        ("causal-forcing-framewise", "vae/tae", "tiny_vae"),
+    ],
 )
-def test_inspection_finds_the_presets_whose_sizes_fit(tmp_path, part, family):
+def test_inspection_finds_the_presets_whose_sizes_fit(tmp_path, name, part, family):
     from causal_forcing.transformer import CausalTransformer
     from causal_forcing.weights.loading import build_vae
 
-    preset = get_preset("tiny")
+    preset = get_preset(name)
     with torch.device("meta"):
         module = CausalTransformer(preset.transformer)
     if part != "transformer":
@@ -160,7 +165,7 @@ def test_inspection_finds_the_presets_whose_sizes_fit(tmp_path, part, family):
     found = inspect_file(tmp_path / "x.safetensors")
     assert found.family == family
     assert found.problems == ()
-    assert "tiny" in found.presets
+    assert name in found.presets
 
 
 def test_inspection_knows_a_text_encoder_in_every_naming(tmp_path, text_encoder_weights, rename):

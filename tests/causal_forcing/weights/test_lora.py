@@ -133,7 +133,8 @@ def test_it_merges_into_seeded_weights_too(tmp_path):
     from causal_forcing.presets import get_preset
 
     preset = get_preset("tiny")
-    a, b = torch.randn(2, 128), torch.randn(128, 2)
+    dim = preset.transformer.dim
+    a, b = torch.randn(2, dim), torch.randn(dim, 2)
     save_file(
         {"blocks.0.self_attn.q.lora_A.weight": a, "blocks.0.self_attn.q.lora_B.weight": b}, tmp_path / "l.safetensors"
     )

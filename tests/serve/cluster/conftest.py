@@ -67,6 +67,20 @@ class Cluster:
         free = {"waiting": 0, "running": 0, "generators": 1, "idle": 1}
         await eventually(self.counts, lambda counts: free.items() <= counts.items())
 
+    async def until_reachable(self) -> None:
+        """Return when the proxy, which was killed, takes connections again."""
+        host, _, port = self.address.rpartition(":")
+
+        async def connects() -> bool:
+            try:
+                _, writer = await asyncio.open_connection(host, int(port))
+            except OSError:
+                return False
+            writer.close()
+            return True
+
+        await eventually(connects, bool)
+
     async def serves(self) -> None:
         """Check that a new session gets frames."""
         async with asyncio.timeout(PATIENCE_S), self.session() as session:

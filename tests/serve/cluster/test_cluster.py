@@ -229,7 +229,8 @@ async def test_a_proxy_that_dies_leaves_no_lease(cluster: Cluster) -> None:
         with pytest.raises(VideoServiceError) as caught:
             await collect(session, 1 << 30)
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
-    await cluster.until_free()
+    await cluster.until_reachable()
+    await cluster.serves()
 
 
 async def test_a_gateway_that_dies_leaves_its_word_and_no_lease(cluster: Cluster) -> None:

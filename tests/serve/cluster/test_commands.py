@@ -66,7 +66,7 @@ def test_the_demo_writes_a_video_prints_its_numbers_and_stops_everything(tmp_pat
         assert sum(1 for _ in container.decode(video=0)) == 96
     for line in ("TTFC", "FPS", "prompt latency  0.", "wrote"):
         assert line in printed
-    assert "random weights" not in said
+    assert "random weights" in said  # the simulated engine has none that were trained
 
 
 def test_a_terminated_service_stops_everything(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
