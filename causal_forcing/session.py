@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,7 @@ from causal_forcing.rope import RotaryEmbedding
 from causal_forcing.sampler import Schedule, denoise
 from causal_forcing.snapshot import Snapshot
 from causal_forcing.state import SessionState, split_passes
+from causal_forcing.stopwatch import Mark, mark, seconds_between
 from causal_forcing.transfer import upload
 from causal_forcing.transformer import ChunkContext
 
@@ -44,6 +45,7 @@ class Chunk:
         is_finite: 0-dim bool on the device; reading it waits for the chunk, so it is left to the reader.
         after_rebuild: Whether :meth:`Session.rebuild_cache` was called right before it, as a fast restore does; an
             exact restore has to repeat that.
+        context_marks: Before and after its context pass.
     """
 
     index: int
@@ -54,6 +56,12 @@ class Chunk:
     prompt_applied: bool
     is_finite: Tensor
     after_rebuild: bool = False
+    context_marks: tuple[Mark, Mark] | None = field(default=None, compare=False)
+
+    @property
+    def context_s(self) -> float:
+        """Seconds of its context pass; on a GPU only known once something has waited for the chunk."""
+        return seconds_between(*self.context_marks) if self.context_marks else 0.0
 
     def require_finite(self) -> None:
         """Wait for the chunk and check it.
@@ -72,6 +80,7 @@ class Session:
         engine: The shared weights.
         config: What the user asked for.
         state: All that belongs to this user.
+        rebuilds: Times that the cache was recomputed so far.
     """
 
     def __init__(self, engine: Engine, config: SessionConfig, *, noise: NoiseSource | None = None) -> None:
@@ -85,6 +94,7 @@ class Session:
             cache = KeyValueCache(transformer.config, cache_layout(config), device=device, dtype=engine.dtype)
             decoder = engine.vae.new_decoder_state(config.geometry) if engine.vae else None
         self.state = SessionState(cache, decoder)
+        self.rebuilds = 0
 
     @property
     def nbytes(self) -> int:
@@ -214,6 +224,7 @@ class Session:
 
     def _rebuild(self) -> None:
         cache = self.state.cache
+        self.rebuilds += 1
         with self._device_work(), self._position_kept_on_error():
             runs = self.state.held_runs()
             self.state.cache_is_stale = True
@@ -231,8 +242,10 @@ class Session:
             with self._position_kept_on_error():
                 context = self._open_chunk(self.engine.preset.chunk_frames)
                 latents = make_latents(context)
+                before = mark(self.engine.device)
                 self._write_context(latents, context)
-                return self._commit(latents, start=start, starts_scene=starts_scene)
+                marks = (before, mark(self.engine.device))
+                return self._commit(latents, start=start, starts_scene=starts_scene, context_marks=marks)
 
     def _cross_boundary(self) -> None:
         """Make the next chunk's prompt current and the cache ready for it.
@@ -275,7 +288,15 @@ class Session:
         self.engine.transformer.write_context(latents, self._schedule.context, context)
         self.state.cache.advance(context.plan)
 
-    def _commit(self, latents: Tensor, *, start: int, starts_scene: bool, given: bool = False) -> Chunk:
+    def _commit(
+        self,
+        latents: Tensor,
+        *,
+        start: int,
+        starts_scene: bool,
+        given: bool = False,
+        context_marks: tuple[Mark, Mark] | None = None,
+    ) -> Chunk:
         state, prompt = self.state, self.state.prompt
         assert prompt.update is not None
         chunk = Chunk(
@@ -287,6 +308,7 @@ class Session:
             prompt_applied=not prompt.announced,
             is_finite=torch.isfinite(latents).all(),
             after_rebuild=state.rebuilt_chunk == state.chunk_index,
+            context_marks=context_marks,
         )
         state.remember(latents, self.engine.preset.chunk_frames)
         state.chunk_index += 1

@@ -270,6 +270,11 @@ class AdmissionBook:
         """Whether neither gateways nor generators are known."""
         return not self._gateways and not self._fleet.places
 
+    @property
+    def oldest_arrival_s(self) -> float | None:
+        """When the session that has waited longest came, in seconds since the epoch; None when nobody waits."""
+        return min((queue[0][0] for queue in (*self._waiting.values(), self._moving) if queue), default=None)
+
     def counts(self) -> dict[str, int]:
         """Return what the service's size depends on.
 

@@ -21,6 +21,7 @@ from .admission import REPORT_EVERY_S, AdmissionBook
 from .config import ServiceConfig
 from .directory import Directory
 from .messages import GeneratorDemand, Place, Progress, SessionView, Ticket
+from .metrics import SILENT, RaySink, Recorder
 from .rates import TenantRates
 from .usage import UsageRecord, UsageWriter
 
@@ -58,7 +59,10 @@ class QueueView:
 class _AdmissionActor:
     """An :class:`AdmissionBook` with a clock, a :class:`Directory`, and readers that wait."""
 
-    def __init__(self, max_queued: int, preset: str = "", usage: UsageConfig | None = None) -> None:
+    def __init__(
+        self, max_queued: int, preset: str = "", usage: UsageConfig | None = None, recorder: Recorder = SILENT
+    ) -> None:
+        self._recorder = recorder
         self._book = AdmissionBook(max_queued, time.monotonic())
         self._directory = Directory(self._book)
         self._rates = TenantRates()
@@ -193,8 +197,14 @@ class _AdmissionActor:
             before = self._book.revision
             self._expire(time.monotonic())
             self._wake(before)
+            self._record()
             if self._book.is_unused and time.monotonic() - self._used_s > UNUSED_S:
                 ray.kill(ray.get_runtime_context().current_actor)
+
+    def _record(self) -> None:
+        oldest_s = self._book.oldest_arrival_s
+        waited_s = 0.0 if oldest_s is None else max(0.0, time.time() - oldest_s)
+        self._recorder.admission(self._book.counts(), waited_s)
 
 
 def connect(name: str, config: ServiceConfig) -> Any:  # noqa: ANN401  (ray's handles are untyped)
@@ -204,8 +214,9 @@ def connect(name: str, config: ServiceConfig) -> Any:  # noqa: ANN401  (ray's ha
     that an update never meets its predecessor's book.
     """
     actor: Any = ray.remote(_AdmissionActor)
+    recorder = Recorder(RaySink({"application": NAMESPACE, "deployment": "Admission", "replica": name}))
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    told = (config.limits.max_queued_sessions, config.preset, config.usage)
+    told = (config.limits.max_queued_sessions, config.preset, config.usage, recorder)
     return actor.options(**named, num_cpus=0, max_concurrency=10_000, max_restarts=-1).remote(*told)
 
 

@@ -20,6 +20,7 @@ from .section import Section
 
 if TYPE_CHECKING:
     from causal_forcing.weights.memory import MemoryPlan
+from .metrics.definitions import Place
 
 Replicas = Annotated[int, Field(ge=1, le=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -300,6 +301,47 @@ class SimulatedConfig(Section):
     picture_px: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
 
 
+class Prices(Section):
+    """What an hour of one replica costs, in the configured currency.
+
+    Attributes:
+        gateway: Of a gateway.
+        text_encoder: Of a text encoder.
+        generator: Of a generator.
+        vae_decoder: Of a VAE decoder.
+    """
+
+    gateway: Annotated[float, Field(ge=0)] = 0
+    text_encoder: Annotated[float, Field(ge=0)] = 0
+    generator: Annotated[float, Field(ge=0)] = 0
+    vae_decoder: Annotated[float, Field(ge=0)] = 0
+
+    def of(self, place: Place) -> float:
+        """Return the price of a replica of that kind."""
+        prices = {
+            Place.GATEWAY: self.gateway,
+            Place.TEXT_ENCODER: self.text_encoder,
+            Place.GENERATOR: self.generator,
+            Place.DECODER: self.vae_decoder,
+        }
+        return prices[place]
+
+
+class ObservabilityConfig(Section):
+    """What operators see.
+
+    Attributes:
+        metrics_port: Port of this machine's metrics for Prometheus, when the service is started by `causal-forcing`;
+            None for any free one. On a cluster Ray's own ``--metrics-export-port`` says it.
+        price_per_replica_hour: For the cost per minute of a session.
+        currency: Of the prices, as ISO 4217 writes it.
+    """
+
+    metrics_port: Port | None = None
+    price_per_replica_hour: Prices = Prices()
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"
+
+
 class ServiceConfig(Section):
     """The whole service.
 
@@ -344,6 +386,7 @@ class ServiceConfig(Section):
     usage: UsageConfig | None = None
     logs: LogConfig = LogConfig()
     simulated: SimulatedConfig | None = None
+    observability: ObservabilityConfig = ObservabilityConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,6 +10,7 @@ from .messages import Decoded, GeneratedChunk
 from .outbox import ChunkCosts, Outbox
 from .prompt_feed import PromptFeed
 from .requests import SessionRequest
+from .session_meter import SessionMeter
 from .usage import Spent
 
 
@@ -22,9 +23,16 @@ class Delivery:
     """
 
     def __init__(
-        self, request: SessionRequest, link: DecoderLink, feed: PromptFeed, outbox: Outbox, spent: Spent
+        self,
+        request: SessionRequest,
+        link: DecoderLink,
+        feed: PromptFeed,
+        outbox: Outbox,
+        spent: Spent,
+        meter: SessionMeter,
     ) -> None:
         self._spent = spent
+        self._meter = meter
         self._request = request
         self._link = link
         self._feed = feed
@@ -60,6 +68,7 @@ class Delivery:
             chunk, first_frame=self._outbox.next_frame, encode=sends, keyframe=sends and self._keyframe
         )
         self._spent.chunk(chunk, decoded)
+        self._meter.chunk(chunk, decoded, time.perf_counter() - arrived)
         text_s = self._feed.applied(len(chunk.superseded)) if chunk.prompt_applied else 0.0
         if sends:
             self._send(chunk, decoded, ChunkCosts.of(chunk, decoded, text_s, time.perf_counter() - arrived))

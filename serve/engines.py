@@ -6,7 +6,9 @@ A deployment never touches torch: it hands packed values to one of these on its 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ from causal_forcing.resume import AppliedPrompt, StreamPoint, resume_session
 from .config import ServiceConfig, WorkerConfig
 from .frames import Pixels
 from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
+from .metrics import SILENT, Recorder
+from .metrics.drift import LatentStats
 
 if TYPE_CHECKING:
     from causal_forcing.engine import Engine
@@ -31,6 +35,11 @@ WARM_UP = PromptUpdate((WeightedPrompt("warm up"),), prompt_id="warm-up")
 
 class GeneratorSession(Protocol):
     """One user's stream in the generator."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of its keys and values."""
+        ...
 
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
         """Set what the next chunk shows."""
@@ -51,6 +60,11 @@ class GeneratorSession(Protocol):
 
 class GeneratorEngine(Protocol):
     """A generator's weights."""
+
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Memory of the keys and values of the largest session that is allowed."""
+        ...
 
     def open(self, config: SessionConfig) -> GeneratorSession:
         """Return a fresh session."""
@@ -98,51 +112,76 @@ class DecoderEngine(Protocol):
         """Return the latents ``[1, 16, 1, h, w]`` of one frame ``[H, W, 3]``."""
         ...
 
+    def warm_up(self) -> None:
+        """Do once what every first chunk would pay for."""
+        ...
+
 
 class TextEngine(Protocol):
     """A text encoder's weights."""
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the embeddings that are kept."""
+        ...
+
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Most of it."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
         """Return one embedding per text; each depends on its text alone."""
         ...
 
 
-def load_generator(config: ServiceConfig) -> GeneratorEngine:
+def load_generator(config: ServiceConfig, recorder: Recorder = SILENT) -> GeneratorEngine:
     """Return the configured generator, loaded and warm."""
     engine: GeneratorEngine
+    start = time.perf_counter()
     if config.engine == "simulated":
         from .simulated import SimulatedGenerator
 
         engine = SimulatedGenerator(config)
     else:
         engine = ModelGenerator(config)
+    loaded = time.perf_counter()
     engine.warm_up()
+    recorder.ready(loaded - start, time.perf_counter() - loaded)
+    recorder.cache_limit("kv", config.generator.sessions_per_replica * engine.cache_limit_bytes)
     return engine
 
 
-def load_decoder(config: ServiceConfig) -> DecoderEngine:
+def load_decoder(config: ServiceConfig, recorder: Recorder = SILENT) -> DecoderEngine:
     """Return the configured decoder, loaded and warm."""
     engine: DecoderEngine
+    start = time.perf_counter()
     if config.engine == "simulated":
         from .simulated import SimulatedDecoder
 
         engine = SimulatedDecoder(config)
     else:
         engine = ModelDecoder(config)
-        engine.warm_up()
+    loaded = time.perf_counter()
+    engine.warm_up()
+    recorder.ready(loaded - start, time.perf_counter() - loaded)
     return engine
 
 
-def load_text(config: ServiceConfig) -> TextEngine:
+def load_text(config: ServiceConfig, recorder: Recorder = SILENT) -> TextEngine:
     """Return the configured text encoder, loaded and warm."""
     engine: TextEngine
+    start = time.perf_counter()
     if config.engine == "simulated":
         from .simulated import SimulatedText
 
         engine = SimulatedText(config)
     else:
         engine = ModelText(config)
+    loaded = time.perf_counter()
     engine.encode([WARM_UP.prompts[0].text])
+    recorder.ready(loaded - start, time.perf_counter() - loaded)
+    recorder.cache_limit("text", engine.cache_limit_bytes)
     return engine
 
 
@@ -174,6 +213,18 @@ class ModelGenerator:
         ]
         return ModelSession(resume_session(self._engine, config, resume.point, latents, prompts))
 
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Memory of the keys and values of the largest session that is allowed."""
+        from causal_forcing.weights.memory import cache_bytes
+
+        engine, window = self._engine, self._config.allowed_window_frames
+        configs = [
+            engine.session_config(height=height, width=width, window_frames=window)
+            for height, width in self._config.allowed_sizes
+        ]
+        return max(sum(cache_bytes(engine.preset, config, engine.dtype)) for config in configs)
+
     def warm_up(self) -> None:
         """Generate two chunks of the native size, a scene's first and a later one."""
         height, width = self._config.allowed_sizes[0]
@@ -191,6 +242,12 @@ class ModelSession:
     def __init__(self, session: Session) -> None:
         self._session = session
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of its keys and values."""
+        parts = self._session.state.nbytes_by_part()
+        return parts["self_attention"] + parts["cross_attention"]
+
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
         """Set what the next chunk shows."""
         self._session.update_prompt(update, unpack_embeddings(embeddings, self._session.engine))
@@ -203,10 +260,12 @@ class ModelSession:
         """Return the next chunk on the host, or None if stopped."""
         from causal_forcing.sampler import Stopped
 
+        before = self._session.rebuilds
         try:
-            return _packed(self._session, self._session.generate_chunk(should_stop=should_stop))
+            chunk = _packed(self._session, self._session.generate_chunk(should_stop=should_stop))
         except Stopped:
             return None
+        return replace(chunk, recaches=self._session.rebuilds - before)
 
 
 def _packed(session: Session, chunk: Chunk) -> GeneratedChunk:
@@ -219,6 +278,8 @@ def _packed(session: Session, chunk: Chunk) -> GeneratedChunk:
         prompt_id=chunk.prompt_id,
         prompt_applied=chunk.prompt_applied,
         point=StreamPoint.of(session.state),
+        context_s=chunk.context_s,
+        stats=LatentStats.of(chunk.latents),
     )
 
 
@@ -299,6 +360,16 @@ class ModelText:
 
         _use_threads(config.text_encoder)
         self._encoder: TextEncoder = load_text_encoder(config.model_preset, config.weights_dir, device=config.device)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the embeddings that are kept."""
+        return self._encoder.cached_bytes
+
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Most of it."""
+        return self._encoder.cache_bytes
 
     def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
         """Return one embedding per text."""

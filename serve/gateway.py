@@ -27,6 +27,9 @@ from .http import HttpEndpoints, running_replicas
 from .inputs import OneRequest, StreamInput
 from .logs import LOGGER
 from .mailbox import start_mailbox
+from .metrics import Place
+from .metrics.process import replica_recorder, watch_replica
+from .session_meter import SessionMeter
 
 
 class Gateway:
@@ -40,6 +43,8 @@ class Gateway:
         generator: DeploymentHandle[Any],
         decoder: DeploymentHandle[Any],
     ) -> None:
+        self._recorder = replica_recorder(Place.GATEWAY)
+        watch_replica(self._recorder, config, Place.GATEWAY)
         logs.set_up(config.logs)
         replica = serve.get_replica_context()
         replica_id: str = replica.replica_id.unique_id
@@ -65,19 +70,24 @@ class Gateway:
         self, requests: AsyncIterator[pb.StreamVideoRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.StreamVideoResponse]:
         """Serve one session (see the protocol's transcript)."""
-        serving = self._service.serve(lambda config: StreamInput(requests, config), grpc_context)
+        meter = SessionMeter(self._recorder)
+        serving = self._service.serve(lambda config: StreamInput(meter.watch(requests), config), grpc_context, meter)
         async with contextlib.aclosing(serving) as messages:
             async for message in messages:
                 yield message
+                meter.sent(message)
 
     async def GenerateVideo(  # noqa: N802  (the RPC's name)
         self, request: pb.GenerateVideoRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateVideoResponse]:
         """Serve one video of a given length."""
-        serving = self._service.serve(lambda config: OneRequest(request, config), grpc_context)
+        meter = SessionMeter(self._recorder)
+        meter.configured(request.config)
+        serving = self._service.serve(lambda config: OneRequest(request, config), grpc_context, meter)
         async with contextlib.aclosing(serving) as messages:
             async for message in messages:
                 yield pb.GenerateVideoResponse(message=message)
+                meter.sent(message)
 
     async def GetModel(  # noqa: N802  (the RPC's name)
         self, request: pb.GetModelRequest, grpc_context: RayServegRPCContext

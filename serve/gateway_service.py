@@ -29,6 +29,7 @@ from .moderation import Moderator
 from .outbox import Outbox
 from .requests import duration_ns
 from .session import LiveSession
+from .session_meter import SessionMeter
 from .status import GATEWAY_LOST, Failure, failure_of
 from .usage import UsageRecord, UsageWriter
 
@@ -129,7 +130,7 @@ class GatewayService:
         return len(self._sessions)
 
     async def serve(
-        self, open_input: Callable[[ServiceConfig], Input], context: CallContext
+        self, open_input: Callable[[ServiceConfig], Input], context: CallContext, meter: SessionMeter | None = None
     ) -> AsyncGenerator[pb.StreamVideoResponse]:
         """Serve one session; the last message says how it ended, and the context's status is the same."""
         set_status(context, GATEWAY_LOST)  # what the client gets if this process dies: nobody can say it then
@@ -148,7 +149,7 @@ class GatewayService:
         bind(tenant=caller.tenant)
         service = self._config_for(caller)
         guard = TenantGuard(session_id, caller, self._moderator, self._directory.spend_prompt)
-        live = LiveSession(session_id, service, self._backends, open_input(service), guard)
+        live = LiveSession(session_id, service, self._backends, open_input(service), guard, meter)
         carried = self._sessions[session_id] = CarriedSession(caller.tenant, live, time.monotonic())
         LOGGER.info("a session begins")
         try:
@@ -157,6 +158,8 @@ class GatewayService:
                     _note_end(message, carried, context)
                     yield message
         finally:
+            if meter is not None:
+                meter.close()
             del self._sessions[session_id]
             self._close(session_id, carried)
 

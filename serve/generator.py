@@ -47,6 +47,9 @@ from .messages import (
     StartFrom,
     Stop,
 )
+from .metrics import Place
+from .metrics.generator import GeneratorMeter
+from .metrics.process import replica_recorder, watch_replica
 from .pace import Pace
 from .reporter import Reporter
 from .status import failure_of
@@ -170,8 +173,14 @@ class Lease:
     """One session on this replica."""
 
     def __init__(
-        self, request: LeaseRequest, engine: GeneratorEngine, worker: ThreadPoolExecutor, first_chunk_s: float = 120.0
+        self,
+        request: LeaseRequest,
+        engine: GeneratorEngine,
+        worker: ThreadPoolExecutor,
+        first_chunk_s: float = 120.0,
+        meter: GeneratorMeter | None = None,
     ) -> None:
+        self._meter = meter or GeneratorMeter()
         self._request = request
         self._engine = engine
         self._worker = worker
@@ -179,6 +188,7 @@ class Lease:
         self._controls = Controls()
         self._pace = Pace(request.frames_per_second, request.lead_s)
         self._next_chunk = request.resume.point.chunk_index if request.resume is not None else 0
+        self._credit_wait_s = 0.0
         self._reader: asyncio.Task[None] | None = None
         self._job: asyncio.Task[Any] | None = None
         self.error: BaseException | None = None
@@ -216,19 +226,23 @@ class Lease:
         while await self._has_credit():
             wait_s = self._pace.wait_s(time.monotonic())
             if not wait_s:
-                return await self._on_device(lambda: self._step(session))
+                chunk = await self._on_device(lambda: self._step(session))
+                return None if chunk is None else self._measured(chunk, session)
             await self._controls.wait(wait_s)
         return None
 
     async def _has_credit(self) -> bool:
         """Wait until the next chunk is wanted; return False when the lease shall end."""
         controls = self._controls
+        lacks_credit, asked_s = self._lacks_credit, time.monotonic()
         try:
             await controls.wait_until(self._may_generate, self._request.idle_timeout_s)
         except TimeoutError:
             raise Unavailable("the gateway has left the generator without work", reason="GATEWAY_LOST") from None
         if controls.error is not None:
             raise controls.error
+        if lacks_credit:
+            self._credit_wait_s += time.monotonic() - asked_s
         if controls.take_rest():
             self._pace.resume(time.monotonic())
         return not controls.stop.is_set()
@@ -236,8 +250,17 @@ class Lease:
     def _may_generate(self) -> bool:
         controls = self._controls
         has_prompt = self._next_chunk > 0 or controls.has_prompt
-        has_credit = self._next_chunk <= controls.acked_chunk + self._request.credit_chunks
-        return has_prompt and has_credit and not controls.is_paused
+        return has_prompt and not self._lacks_credit and not controls.is_paused
+
+    @property
+    def _lacks_credit(self) -> bool:
+        return self._next_chunk > self._controls.acked_chunk + self._request.credit_chunks
+
+    def _measured(self, chunk: GeneratedChunk, session: GeneratorSession) -> GeneratedChunk:
+        """Record a chunk, and return it with what the gateway is to know of its making."""
+        waited_s, self._credit_wait_s = self._credit_wait_s, 0.0
+        self._meter.made(chunk, self._request.session_id, session.cache_bytes)
+        return replace(chunk, credit_wait_s=waited_s, made_s=time.time())
 
     def _step(self, session: GeneratorSession) -> GeneratedChunk | None:
         """Make one chunk on the device's thread: the start image's, if there is one, is the first."""
@@ -259,7 +282,8 @@ class Lease:
     async def _on_device(self, work: Callable[[], T]) -> T:
         """Run work on the device's thread; a cancelled caller leaves, the work goes on."""
         self._job = detached(run_within(self._worker, work, self._clock.limit_s))
-        result: T = await asyncio.shield(self._job)
+        with self._meter.at_work():
+            result: T = await asyncio.shield(self._job)
         return result
 
     async def _read(self) -> None:
@@ -291,6 +315,7 @@ class GeneratorService:
         first_chunk_s: float = 120.0,
         on_fault: Callable[[], None] = lambda: None,
         node_id: str = "",
+        meter: GeneratorMeter | None = None,
     ) -> None:
         self._node_id = node_id
         self._engine = engine
@@ -299,6 +324,7 @@ class GeneratorService:
         self._reporter = reporter
         self._first_chunk_s = first_chunk_s
         self._on_fault = on_fault
+        self._meter = meter or GeneratorMeter()
         self._fault: str | None = None
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
@@ -306,8 +332,9 @@ class GeneratorService:
         if self._fault is not None:
             yield LeaseEnded(failure_of(DeviceFault(f"this replica is being replaced after {self._fault}")))
             return
-        lease = Lease(request, self._engine, self._worker, self._first_chunk_s)
+        lease = Lease(request, self._engine, self._worker, self._first_chunk_s, self._meter)
         await self._reporter.add(request.session_id)
+        self._meter.leased()
         try:
             yield LeaseStarted(self._replica_id, os.getpid(), self._node_id)
             async with contextlib.aclosing(lease.events()) as events:
@@ -330,6 +357,7 @@ class GeneratorService:
     async def _end(self, lease: Lease, session_id: str) -> None:
         """Free the place; after a device fault there are no places until Serve has replaced this replica."""
         await lease.close()
+        self._meter.freed(session_id)
         await self._judge(lease)
         if self._fault is None:
             await self._reporter.remove(session_id)
@@ -338,6 +366,7 @@ class GeneratorService:
         """Let no more sessions come after a device fault."""
         if isinstance(lease.error, DEVICE_FAULTS) and self._fault is None:
             self._fault = type(lease.error).__name__
+            self._meter.failed(lease.error.reason)
             LOGGER.error("this replica is to be replaced after %s", lease.error)
             self._on_fault()
             await self._reporter.close()
@@ -348,8 +377,11 @@ class Generator:
 
     async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
         worker = ThreadPoolExecutor(1, thread_name_prefix="device")
+        recorder = replica_recorder(Place.GENERATOR)
+        meter = GeneratorMeter(recorder)
+        watch_replica(recorder, config, Place.GENERATOR, meter.look)
         loop = asyncio.get_running_loop()
-        engine = await loop.run_in_executor(worker, load_generator, config)
+        engine = await loop.run_in_executor(worker, load_generator, config, recorder)
         budget_bytes = await loop.run_in_executor(worker, session_budget, config)
         LOGGER.info("memory for sessions: %s bytes", budget_bytes)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
@@ -368,6 +400,7 @@ class Generator:
             replica_id,
             reporter,
             first_chunk_s=config.generator.first_chunk_timeout_s,
+            meter=meter,
             on_fault=lambda: end_process(FAULT_EXIT_S),
             node_id=ray.get_runtime_context().get_node_id(),
         )

@@ -37,9 +37,11 @@ class LocalService:
 
     Attributes:
         address: ``host:port`` for gRPC clients.
+        metrics_url: What Prometheus scrapes.
     """
 
     address: str
+    metrics_url: str
 
 
 @contextmanager
@@ -56,8 +58,10 @@ def local_service(config: ServiceConfig, *, verbose: bool = False) -> Iterator[L
     Raises:
         InvalidRequest: If a port is taken.
     """
-    for name in ("grpc_port", "http_port"):
-        require_free_port(name, getattr(config, name))
+    metrics_port = config.observability.metrics_port or free_port()
+    ports = {"grpc_port": config.grpc_port, "http_port": config.http_port, "metrics_port": metrics_port}
+    for name, port in ports.items():
+        require_free_port(name, port)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -67,14 +71,14 @@ def local_service(config: ServiceConfig, *, verbose: bool = False) -> Iterator[L
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(level)
     try:
-        _start_ray(config, verbose=verbose)
+        _start_ray(config, metrics_port, verbose=verbose)
         deploy(config)
-        yield LocalService(f"127.0.0.1:{config.grpc_port}")
+        yield LocalService(f"127.0.0.1:{config.grpc_port}", f"http://127.0.0.1:{metrics_port}/metrics")
     finally:
         ray.shutdown()
 
 
-def _start_ray(config: ServiceConfig, *, verbose: bool) -> None:
+def _start_ray(config: ServiceConfig, metrics_port: int, *, verbose: bool) -> None:
     """Start a cluster of our own; Ray gives a busy machine half a minute, so a second try often helps."""
     import ray
 
@@ -90,6 +94,7 @@ def _start_ray(config: ServiceConfig, *, verbose: bool) -> None:
                 logging_level=logging.INFO if verbose else logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
                 resources={pool_resource(pool): 1 for pool in config.placement.pools},  # this machine is all of them
+                _metrics_export_port=metrics_port,
             )
         except Exception as error:  # Ray raises a bare Exception when it runs out of time
             ray.shutdown()

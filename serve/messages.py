@@ -20,6 +20,7 @@ from causal_forcing.prompts import PromptUpdate
 from causal_forcing.resume import StreamPoint
 
 from .frames import EncodedFrame, FrameFormat
+from .metrics.drift import LatentStats
 from .status import Failure
 
 if TYPE_CHECKING:
@@ -381,7 +382,12 @@ class GeneratedChunk:
         prompt_applied: Whether it is the first one made under that update.
         point: Where the session stands after it.
         superseded: Ids of updates that this one replaced before they were applied.
-        denoise_s: Time it took.
+        denoise_s: Time it took, the context pass included.
+        context_s: Time of the context pass.
+        credit_wait_s: How long the generator had to wait for the client's credit before it.
+        recaches: Times that keys and values were recomputed for it.
+        made_s: When it was finished, in seconds since the epoch.
+        stats: Of its latents; None where they were not generated.
     """
 
     index: int
@@ -392,6 +398,11 @@ class GeneratedChunk:
     point: StreamPoint
     superseded: tuple[str, ...] = ()
     denoise_s: float = 0.0
+    context_s: float = 0.0
+    credit_wait_s: float = 0.0
+    recaches: int = 0
+    made_s: float = 0.0
+    stats: LatentStats | None = None
 
     @property
     def frame_count(self) -> int:

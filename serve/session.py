@@ -48,6 +48,7 @@ from .patience import Patience
 from .prompt_feed import PromptFeed
 from .protocol import ClientEvent
 from .requests import SessionRequest
+from .session_meter import SessionMeter
 from .status import FailedElsewhere, failure_of
 from .usage import Spent
 
@@ -68,8 +69,10 @@ class LiveSession:
         backends: Backends,
         client: Input,
         guard: Guard | None = None,
+        meter: SessionMeter | None = None,
     ) -> None:
         self._guard = guard or OpenGuard()
+        self._meter = meter or SessionMeter()
         self._spent = Spent()
         self._session_id = session_id
         self._service = service
@@ -159,7 +162,7 @@ class LiveSession:
         self._patience = Patience(self._limits, expects_messages=request.goal is None)
         self._memory = SessionMemory(request.config)
         self._link = DecoderLink(self._backends, self._session_id, self._memory, request.format)
-        self._delivery = Delivery(request, self._link, self._feed, self._outbox, self._spent)
+        self._delivery = Delivery(request, self._link, self._feed, self._outbox, self._spent, self._meter)
         self._feed.submit(request.prompt, is_checked=True)
         self._streaming = asyncio.create_task(self._stream(request, self._delivery, self._memory))
         work = (self._read(request, self._delivery), self._hand_on(request), self._watch())

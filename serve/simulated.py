@@ -13,20 +13,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from causal_forcing.config import SessionConfig
-from causal_forcing.geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
+from causal_forcing.geometry import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
 from causal_forcing.resume import StreamPoint
 
 from .config import ServiceConfig
 from .frames import Pixels
 from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
+from .metrics.drift import LatentStats
 from .planted import strike
 
 STEPS = 4
-"""Steps of a chunk; it can be stopped between two."""
+"""Passes of a chunk, the last one being the context pass; it can be stopped between two."""
 
 MARK_BITS = 15
 """Bits of each number that the latents carry."""
+
+FLAT = LatentStats((0.0,) * LATENT_CHANNELS, (1.0,) * LATENT_CHANNELS)
+"""Statistics of every chunk: nothing ever drifts."""
 
 
 def mark(value: int) -> int:
@@ -39,6 +43,11 @@ class SimulatedGenerator:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
+
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Memory of a session."""
+        return SimulatedSession.cache_bytes
 
     def open(self, config: SessionConfig) -> SimulatedSession:
         """Return a fresh session."""
@@ -56,6 +65,8 @@ class SimulatedGenerator:
 
 class SimulatedSession:
     """Counts chunks."""
+
+    cache_bytes = 1 << 20
 
     def __init__(self, config: SessionConfig, service: ServiceConfig) -> None:
         self._config = config
@@ -111,6 +122,9 @@ class SimulatedSession:
             prompt_id=self._prompt.prompt_id,
             prompt_applied=applied is not None,
             point=self._advance(latents.frames),
+            context_s=self._step_s,
+            recaches=int(applied is not None and applied.policy is SwitchPolicy.RECACHE),
+            stats=FLAT,
         )
         self._index, self._starts_scene = self._index + 1, False
         return chunk
@@ -140,6 +154,9 @@ class SimulatedDecoder:
         data = np.zeros(Geometry(height, width).latent_shape(1), np.int16)
         data[0, :3, 0, 0, 0] = frame.reshape(-1, 3).mean(axis=0).round()
         return PackedTensor(data, "bfloat16")
+
+    def warm_up(self) -> None:
+        """Return: there is nothing to warm."""
 
 
 class SimulatedStream:
@@ -172,6 +189,8 @@ class SimulatedStream:
 
 class SimulatedText:
     """Sleeps ``encode_ms`` a batch."""
+
+    cached_bytes = cache_limit_bytes = 0
 
     def __init__(self, config: ServiceConfig) -> None:
         self._sleep_s = config.simulation.encode_ms / 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,8 @@ from causal_forcing.errors import CausalForcingError
 from .config import ServiceConfig
 from .engines import load_text
 from .messages import PackedEmbedding
+from .metrics import Place
+from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
 from .succession import refusal
 
@@ -24,8 +27,10 @@ class TextEncoder:
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
         loop = asyncio.get_running_loop()
-        self._engine = await loop.run_in_executor(self._worker, load_text, config)
         self._model = config.model_key
+        self._recorder = replica_recorder(Place.TEXT_ENCODER)
+        self._engine = await loop.run_in_executor(self._worker, load_text, config, self._recorder)
+        watch_replica(self._recorder, config, Place.TEXT_ENCODER)
         batching: Any = self.encode_batch  # Serve's decorator adds the setters
         batching.set_max_batch_size(config.text_encoder.max_batch)
         batching.set_batch_wait_timeout_s(config.text_encoder.batch_wait_s)
@@ -37,7 +42,11 @@ class TextEncoder:
     @serve.batch
     async def encode_batch(self, texts: list[str]) -> list[PackedEmbedding | Failure]:
         """Return one embedding per text; Serve calls it with the texts of several callers."""
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._encode_all, texts)
+        start = time.perf_counter()
+        encoded = await asyncio.get_running_loop().run_in_executor(self._worker, self._encode_all, texts)
+        self._recorder.text_batch(len(texts), time.perf_counter() - start)
+        self._recorder.cache("text", self._engine.cached_bytes)
+        return encoded
 
     def _encode_all(self, texts: Sequence[str]) -> list[PackedEmbedding | Failure]:
         """Encode a batch; a text that cannot be encoded fails alone."""

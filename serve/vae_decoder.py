@@ -24,6 +24,8 @@ from .engines import DecoderEngine, DecoderStream, load_decoder
 from .frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
 from .images import read_start_image
 from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor
+from .metrics import SILENT, Place, Recorder
+from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
 from .succession import refusal
 
@@ -134,7 +136,15 @@ class DecodeCounts:
 class DecoderService:
     """Decodes and encodes for many sessions, on one thread each."""
 
-    def __init__(self, engine: DecoderEngine, replica_id: str, cache_bytes: int, device: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        engine: DecoderEngine,
+        replica_id: str,
+        cache_bytes: int,
+        device: ThreadPoolExecutor,
+        recorder: Recorder = SILENT,
+    ) -> None:
+        self._recorder = recorder
         self._engine = engine
         self._replica_id = replica_id
         self._device = device
@@ -142,6 +152,7 @@ class DecoderService:
         self._priming = asyncio.Semaphore(MAX_PRIMING)
         self.cache = DecoderCache(cache_bytes)
         self.counts = DecodeCounts()
+        recorder.cache_limit("decoder", cache_bytes)
 
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return a chunk's encoded frames, or NEED_PRIME."""
@@ -182,6 +193,10 @@ class DecoderService:
         frame = await _run(self._encoder, lambda: read_start_image(request.data, request.height, request.width))
         return await _run(self._device, lambda: self._engine.encode_image(frame))
 
+    def look(self, _elapsed_s: float = 0.0) -> None:
+        """Record what the cache holds."""
+        self._recorder.decoder_cache(len(self.cache), self.cache.nbytes)
+
     async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
         """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""
         start = time.perf_counter()
@@ -191,7 +206,9 @@ class DecoderService:
                 latents = history.frame_slice(frame, frame + 1)
                 await _run(self._device, lambda latents=latents: stream.decode(latents))  # type: ignore[misc]
         self.counts.primed += 1
-        return time.perf_counter() - start
+        prime_s = time.perf_counter() - start
+        self._recorder.primed(prime_s)
+        return prime_s
 
     async def _frames(self, stream: DecoderStream, encoder: FrameEncoder, request: DecodeRequest) -> Decoded:
         def decode() -> tuple[Sequence[Pixels], float]:
@@ -203,9 +220,11 @@ class DecoderService:
             return encode_all(encoder, pixels, request), time.perf_counter() - start
 
         pixels, decode_s = await _run(self._device, decode)
+        self._recorder.stage("decode", decode_s)
         if not request.encode:
             return Decoded(self._replica_id, (), decode_s)
         frames, encode_s = await _run(self._encoder, encode)
+        self._recorder.stage("encode", encode_s)
         return Decoded(self._replica_id, frames, decode_s, encode_s)
 
 
@@ -214,10 +233,12 @@ class VaeDecoder:
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config)
+        recorder = replica_recorder(Place.DECODER)
+        engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config, recorder)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._model = config.model_key
-        self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, device)
+        self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, device, recorder)
+        watch_replica(recorder, config, Place.DECODER, self._service.look)
 
     async def decode(self, request: DecodeRequest) -> Decoded | Failure:
         """Return a chunk's encoded frames, or NEED_PRIME, or why there are none."""

@@ -73,15 +73,7 @@ def required_bytes(
     sizes = preset.transformer
     with _META:
         items = [("generator weights", _weight_bytes(CausalTransformer(sizes), dtype))]
-    layout = CacheLayout(
-        capacity=config.cache_frames,
-        sink_frames=config.sink_frames,
-        sink_rope=config.sink_rope,
-        tokens_per_frame=config.geometry.tokens_per_frame,
-        evicts=config.window_frames is not None,
-    )
-    cache = KeyValueCache(sizes, layout, device=_META, dtype=dtype)
-    cross = 2 * sizes.num_layers * sizes.text_len * sizes.dim * dtype.itemsize
+    keys_and_values, cross = cache_bytes(preset, config, dtype)
     decoder = 0
     if vae is not None:
         module, _ = build_vae(preset.vae_config(vae))
@@ -91,12 +83,26 @@ def required_bytes(
         items.append(("text encoder weights", _weight_bytes(build_encoder(preset.text_encoder, _META), dtype)))
     times = f"{sessions} x " if sessions != 1 else ""
     items += [
-        (f"{times}keys and values of {config.cache_frames} frames", sessions * cache.nbytes),
+        (f"{times}keys and values of {config.cache_frames} frames", sessions * keys_and_values),
         (f"{times}prompt keys and values", sessions * cross),
         (f"{times}decoder state", sessions * decoder),
         (ACTIVATIONS, _activation_bytes(preset, config, dtype)),
     ]
     return MemoryPlan(tuple(items))
+
+
+def cache_bytes(preset: Preset, config: SessionConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of one session's keys and values: of its frames, and of its prompt."""
+    sizes = preset.transformer
+    layout = CacheLayout(
+        capacity=config.cache_frames,
+        sink_frames=config.sink_frames,
+        sink_rope=config.sink_rope,
+        tokens_per_frame=config.geometry.tokens_per_frame,
+        evicts=config.window_frames is not None,
+    )
+    frames = KeyValueCache(sizes, layout, device=_META, dtype=dtype).nbytes
+    return frames, 2 * sizes.num_layers * sizes.text_len * sizes.dim * dtype.itemsize
 
 
 def _weight_bytes(module: nn.Module, dtype: torch.dtype) -> int:

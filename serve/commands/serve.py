@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             with local_service(config, verbose=args.verbose) as service:
                 print(f"serving on {service.address}; try: causal-forcing stream --server {service.address}")
+                print(f"metrics for Prometheus: {service.metrics_url}")
                 sys.stdout.flush()
                 threading.Event().wait()
         except KeyboardInterrupt:

@@ -277,6 +277,8 @@ class ScriptedEngine:
         self.script = list(script)
         self.updates: list[str] = []
 
+    cache_bytes = cache_limit_bytes = 1000
+
     def warm_up(self) -> None:
         pass
 

@@ -1,0 +1,20 @@
+"""What the service measures: the table of metrics, where values go, and who records them."""
+
+from .definitions import ALL, PREFIX, Kind, Metric, Place
+from .recorder import SILENT, Recorder
+from .sinks import MemorySink, NoSink, PrometheusSink, RaySink, Sink
+
+__all__ = [
+    "ALL",
+    "PREFIX",
+    "SILENT",
+    "Kind",
+    "MemorySink",
+    "Metric",
+    "NoSink",
+    "Place",
+    "PrometheusSink",
+    "RaySink",
+    "Recorder",
+    "Sink",
+]
