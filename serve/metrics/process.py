@@ -17,8 +17,8 @@ from .sinks import RaySink
 if TYPE_CHECKING:
     from serve.config import ServiceConfig
 
-TICK_S = 5.0
-"""Time between two looks; Ray reports every ten seconds unless told otherwise."""
+TICK_S = 1.0
+"""Time between two looks: Ray's shortest report interval, in each of which a gauge has to be said."""
 
 
 class CollectorWatch:

@@ -172,7 +172,8 @@ class Recorder:
     # Every process
 
     def elapsed(self, seconds: float) -> None:
-        """So much time has passed: sessions have streamed meanwhile."""
+        """So much time has passed: sessions have streamed meanwhile, and gauges are due to be said again."""
+        self._sink.refresh()
         streaming = self._states["streaming"] + self._states["paused"]
         if streaming:
             self._sink.add(metrics.STREAMING_SECONDS, streaming * seconds)

@@ -32,6 +32,10 @@ class Sink(Protocol):
         """Add one observation to a histogram."""
         ...
 
+    def refresh(self) -> None:
+        """Say every gauge's value again, where that is needed to keep it."""
+        ...
+
 
 class NoSink:
     """Forgets everything."""
@@ -43,6 +47,9 @@ class NoSink:
         """Do nothing."""
 
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
+        """Do nothing."""
+
+    def refresh(self) -> None:
         """Do nothing."""
 
 
@@ -74,17 +81,24 @@ class MemorySink:
         check(metric, Kind.HISTOGRAM, labels)
         self.observed.setdefault((metric.name, *labels), []).append(value)
 
+    def refresh(self) -> None:
+        """Do nothing: nothing gets lost."""
+
 
 class RaySink:
     """Ray's metrics: one scrape of the node's port gets those of all its processes.
 
     In a Serve replica Ray adds ``application``, ``deployment`` and ``replica``; elsewhere ``fixed`` gives them.
+
+    Ray forgets a gauge once it is reported (measured: one that was set once is gone two report intervals later), so
+    each has to be said again in every interval.
     """
 
     def __init__(self, fixed: Mapping[str, str] | None = None) -> None:
         self._fixed = dict(fixed or {})
         self._instruments: dict[str, Any] = {}
         self._tags: dict[tuple[str, ...], dict[str, str]] = {}
+        self._gauges: dict[tuple[str, ...], tuple[Metric, float]] = {}
 
     def add(self, metric: Metric, value: float, *labels: str) -> None:
         """Count; 0 makes the series exist."""
@@ -92,11 +106,17 @@ class RaySink:
 
     def set(self, metric: Metric, value: float, *labels: str) -> None:
         """Replace a gauge's value."""
+        self._gauges[metric.name, *labels] = (metric, value)
         self._instrument(metric).set(value, self._tags_of(metric, labels))
 
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
         """Add one observation."""
         self._instrument(metric).observe(value, self._tags_of(metric, labels))
+
+    def refresh(self) -> None:
+        """Say every gauge's value again."""
+        for (_, *labels), (metric, value) in list(self._gauges.items()):
+            self._instrument(metric).set(value, self._tags_of(metric, tuple(labels)))
 
     def _instrument(self, metric: Metric) -> Any:  # noqa: ANN401  (ray's metrics are untyped)
         found = self._instruments.get(metric.name)
@@ -146,6 +166,9 @@ class PrometheusSink:
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
         """Add one observation."""
         self._child(metric, labels).observe(value)
+
+    def refresh(self) -> None:
+        """Do nothing: nothing gets lost."""
 
     def _child(self, metric: Metric, labels: tuple[str, ...]) -> Any:  # noqa: ANN401  (counter, gauge or histogram)
         with self._lock:
