@@ -28,6 +28,7 @@ class Delivery:
         link: DecoderLink,
         feed: PromptFeed,
         outbox: Outbox,
+        *,
         spent: Spent,
         meter: SessionMeter,
     ) -> None:

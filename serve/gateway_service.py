@@ -149,7 +149,7 @@ class GatewayService:
         bind(tenant=caller.tenant)
         service = self._config_for(caller)
         guard = TenantGuard(session_id, caller, self._moderator, self._directory.spend_prompt)
-        live = LiveSession(session_id, service, self._backends, open_input(service), guard, meter)
+        live = LiveSession(session_id, service, self._backends, open_input(service), guard, meter=meter)
         carried = self._sessions[session_id] = CarriedSession(caller.tenant, live, time.monotonic())
         LOGGER.info("a session begins")
         try:

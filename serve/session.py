@@ -69,6 +69,7 @@ class LiveSession:
         backends: Backends,
         client: Input,
         guard: Guard | None = None,
+        *,
         meter: SessionMeter | None = None,
     ) -> None:
         self._guard = guard or OpenGuard()
@@ -162,7 +163,7 @@ class LiveSession:
         self._patience = Patience(self._limits, expects_messages=request.goal is None)
         self._memory = SessionMemory(request.config)
         self._link = DecoderLink(self._backends, self._session_id, self._memory, request.format)
-        self._delivery = Delivery(request, self._link, self._feed, self._outbox, self._spent, self._meter)
+        self._delivery = Delivery(request, self._link, self._feed, self._outbox, spent=self._spent, meter=self._meter)
         self._feed.submit(request.prompt, is_checked=True)
         self._streaming = asyncio.create_task(self._stream(request, self._delivery, self._memory))
         work = (self._read(request, self._delivery), self._hand_on(request), self._watch())

@@ -201,7 +201,7 @@ async def test_a_real_session_is_recorded_without_its_help() -> None:
     sink, backends, client = MemorySink(), FakeBackends(), Client()
     meter = SessionMeter(Recorder(sink))
     session = LiveSession(
-        "session-1", backends.service, backends, StreamInput(meter.watch(client), backends.service), meter
+        "session-1", backends.service, backends, StreamInput(meter.watch(client), backends.service), meter=meter
     )
     client.config()
     async for message in session.messages():
