@@ -10,8 +10,8 @@ _HEAD = """# Metrics
 
 Every metric of the project, from the table in `serve/metrics/definitions.py`. In the service they are recorded through
 Ray, so one scrape of a node's metrics port gets those of all its processes, with the prefix `ray_` and the labels
-`application`, `deployment` and `replica`. Outside of Ray (`causal-forcing stream --metrics-port`, load generators) the
-same definitions go through prometheus-client, without that prefix.
+`application`, `deployment` and `replica`. Outside of Ray the same definitions go through prometheus-client
+(`serve.metrics.PrometheusSink`), without that prefix.
 
 - No label takes a value that a user chooses: no session ids, no prompts.
 - Ray keeps only the counts of a histogram's buckets; its `_sum` is made of the buckets' middles, so an average over it
@@ -20,8 +20,7 @@ same definitions go through prometheus-client, without that prefix.
 - A value is visible after Ray's report interval (10 s unless `RAY_metrics_report_interval_ms` says otherwise).
 """
 
-_COLUMNS = """| name | type | unit | labels | meaning |
-|---|---|---|---|---|"""
+_COLUMNS = "| name | type | unit | labels | meaning |\n|---|---|---|---|---|"
 
 
 def render() -> str:
@@ -29,9 +28,7 @@ def render() -> str:
     parts = [_HEAD]
     for place in Place:
         rows = [_row(metric) for metric in ALL.values() if metric.place is place]
-        parts.append(
-            f"\n## Recorded by: {place.value}\n\n| name | type | unit | labels | meaning |\n|---|---|---|---|---|"
-        )
+        parts.append(f"\n## Recorded by: {place.value}\n\n{_COLUMNS}")
         parts.extend(rows)
     parts.append("\n## Buckets\n\n| histogram | upper bounds |\n|---|---|")
     parts.extend(
