@@ -333,9 +333,9 @@ class GeneratorService:
             yield LeaseEnded(failure_of(DeviceFault(f"this replica is being replaced after {self._fault}")))
             return
         lease = Lease(request, self._engine, self._worker, self._first_chunk_s, self._meter)
-        await self._reporter.add(request.session_id)
         self._meter.leased()
         try:
+            await self._reporter.add(request.session_id)
             yield LeaseStarted(self._replica_id, os.getpid(), self._node_id)
             async with contextlib.aclosing(lease.events()) as events:
                 async for event in events:
@@ -343,7 +343,7 @@ class GeneratorService:
                         await self._judge(lease)  # before the gateway asks for another generator
                     yield event
         finally:
-            await detached(self._end(lease, request.session_id))
+            await asyncio.shield(detached(self._end(lease, request.session_id)))  # a call may be cancelled twice
 
     def require_healthy(self) -> None:
         """Raise after a device fault.

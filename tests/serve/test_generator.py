@@ -362,12 +362,16 @@ class Reports:
     def __init__(self) -> None:
         self.held: list[str] = []
         self.is_closed = False
+        self.answers, self.was_removed = asyncio.Event(), asyncio.Event()
+        self.answers.set()
 
     async def add(self, session_id: str) -> None:
         self.held.append(session_id)
+        await self.answers.wait()
 
     async def remove(self, session_id: str) -> None:
         self.held.remove(session_id)
+        self.was_removed.set()
 
     async def close(self) -> None:
         self.is_closed = True
@@ -410,3 +414,41 @@ async def test_after_a_device_fault_the_place_stays_taken_and_the_replica_is_unh
     assert reports.held == ["s"]
     with pytest.raises(RuntimeError, match="DeviceFault"):
         service.require_healthy()
+
+
+async def turns() -> None:
+    """Let everything that can run, run."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def test_a_lease_that_is_cancelled_twice_during_a_step_frees_its_place() -> None:
+    bench = Bench(engine=BlockedEngine())
+    service, reports = service_of(bench)
+    bench.prompt("a")
+    events = service.lease(bench.request)
+    await anext(events)
+    call = asyncio.ensure_future(anext(events))
+    await asyncio.to_thread(bench.engine.entered.wait)  # type: ignore[attr-defined]
+    call.cancel()  # the proxy, for the client
+    await turns()
+    call.cancel()  # the gateway, for the session
+    await turns()
+    assert reports.held == ["s"]
+    bench.engine.leave.set()  # type: ignore[attr-defined]
+    async with asyncio.timeout(20):
+        await reports.was_removed.wait()
+    assert reports.held == []
+
+
+async def test_a_lease_that_is_cancelled_before_admission_knows_of_it_frees_its_place() -> None:
+    bench = Bench()
+    service, reports = service_of(bench)
+    reports.answers.clear()
+    call = asyncio.ensure_future(anext(service.lease(bench.request)))
+    await turns()
+    assert reports.held == ["s"]
+    call.cancel()
+    async with asyncio.timeout(20):
+        await reports.was_removed.wait()
+    assert reports.held == []
