@@ -110,6 +110,8 @@ class SessionMeter:
             case "prompt_applied":
                 for prompt_id in message.prompt_applied.superseded_prompt_ids:
                     self._prompts_s.pop(prompt_id, None)
+            case "session_moved":
+                self._recorder.session_moved(message.session_moved.interruption.ToNanoseconds() / 1e9)
             case "frames_dropped":
                 self._recorder.frames_dropped(message.frames_dropped.frame_count)
             case "session_ended":

@@ -194,8 +194,12 @@ class DecoderService:
         return await _run(self._device, lambda: self._engine.encode_image(frame))
 
     def look(self, _elapsed_s: float = 0.0) -> None:
-        """Record what the cache holds."""
+        """Record what the cache holds, and what was asked of it."""
         self._recorder.decoder_cache(len(self.cache), self.cache.nbytes)
+        counts = self.counts
+        self._recorder.decoder_totals(
+            decoded=counts.decoded, repeated=counts.repeated, missed=counts.missed, evicted=self.cache.evictions
+        )
 
     async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
         """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""

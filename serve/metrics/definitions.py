@@ -185,6 +185,22 @@ PROMPT_LATENCY = _define(
     *START_S,
 )
 
+SESSION_MOVES = _define(
+    Kind.COUNTER,
+    Place.GATEWAY,
+    "session_moves_total",
+    "moves",
+    "Times that a session lost its generator and went on with another one.",
+)
+INTERRUPTION = _define(
+    Kind.HISTOGRAM,
+    Place.GATEWAY,
+    "session_interruption_seconds",
+    "seconds",
+    "From the loss of a session's generator to the beginning of its next one.",
+    *START_S,
+)
+
 # Chunks ---------------------------------------------------------------------------------------------------------------
 
 STAGE_SECONDS = _define(
@@ -316,6 +332,22 @@ PRIMES = _define(
     "decoder_primes_total",
     "primes",
     "Times that a decoder's cache was made anew from latents, because it was elsewhere or had been given up.",
+)
+DECODER_CALLS = _define(
+    Kind.COUNTER,
+    Place.DECODER,
+    "decoder_calls_total",
+    "chunks",
+    "Chunks that decoders were asked for: decoded; repeated, answered from memory; missed, because the session's cache "
+    "is not here.",
+    outcome=("decoded", "repeated", "missed"),
+)
+DECODER_EVICTIONS = _define(
+    Kind.COUNTER,
+    Place.DECODER,
+    "decoder_evictions_total",
+    "sessions",
+    "Temporal caches that a decoder gave up, to make room or because they were not used for long.",
 )
 DECODER_SESSIONS = _define(
     Kind.GAUGE, Place.DECODER, "decoder_cached_sessions", "sessions", "Sessions whose temporal cache a decoder holds."

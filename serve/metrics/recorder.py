@@ -20,6 +20,7 @@ class Recorder:
         self._sink = sink or NoSink()
         self._states: Counter[str] = Counter()
         self._credits = self._unacked = 0
+        self._totals: Counter[str] = Counter()
 
     def begin(self, *places: Place) -> None:
         """Make the series of a process exist, so that its first event is seen as one."""
@@ -42,6 +43,11 @@ class Recorder:
         """A session got a generator."""
         self._sink.add(metrics.SESSIONS_STARTED, 1)
         self._sink.observe(metrics.ADMISSION_WAIT, waited_s)
+
+    def session_moved(self, interruption_s: float) -> None:
+        """A session went on with another generator."""
+        self._sink.add(metrics.SESSION_MOVES, 1)
+        self._sink.observe(metrics.INTERRUPTION, interruption_s)
 
     def session_lasted(self, seconds: float) -> None:
         """A session that had a generator ended."""
@@ -144,6 +150,18 @@ class Recorder:
         """A decoder's cache has changed."""
         self._sink.set(metrics.DECODER_SESSIONS, sessions)
         self.cache("decoder", nbytes)
+
+    def decoder_totals(self, *, evicted: int, **calls: int) -> None:
+        """A decoder has done so much since it began (decoded, repeated, missed)."""
+        for result, total in calls.items():
+            self._sink.add(metrics.DECODER_CALLS, self._more(result, total), result)
+        self._sink.add(metrics.DECODER_EVICTIONS, self._more("evicted", evicted))
+
+    def _more(self, name: str, total: int) -> int:
+        """Return by how much a total has grown since the last call."""
+        more = total - self._totals[name]
+        self._totals[name] = total
+        return more
 
     def text_batch(self, prompts: int, seconds: float) -> None:
         """Prompts were encoded together."""

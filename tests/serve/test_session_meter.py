@@ -217,3 +217,14 @@ async def test_a_real_session_is_recorded_without_its_help() -> None:
     for stage in ("queue", "transfer", "send"):
         assert len(sink.observed["chunk_stage_seconds", stage]) >= chunks
     assert sink.values["credits_outstanding",] == 0
+
+
+async def test_a_move_is_counted_with_its_interruption() -> None:
+    call = Call()
+    await config(call)
+    call.starts()
+    moved = pb.SessionMoved(chunk_index=3, reason="GENERATOR_LOST")
+    moved.interruption.FromMilliseconds(1500)
+    call.tells(session_moved=moved)
+    assert call.count("session_moves_total") == 1
+    assert call.sink.observed["session_interruption_seconds",] == [1.5]

@@ -20,6 +20,7 @@ from causal_forcing.vae import WanVae
 from serve.engines import ModelStream
 from serve.frames import Codec, FrameFormat, Pixels, decode_frame
 from serve.messages import Decoded, DecodeRequest, EncodeImage, PackedTensor
+from serve.metrics import MemorySink, Recorder
 from serve.vae_decoder import IDLE_S, DecoderCache, DecoderService
 
 SIZE = 16
@@ -45,8 +46,8 @@ ENGINE = TinyDecoder()
 LATENTS = torch.randn(1, 16, 44, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(1))
 
 
-def service(cache_bytes: int = 1 << 40) -> DecoderService:
-    return DecoderService(ENGINE, "d", cache_bytes, ThreadPoolExecutor(1))
+def service(cache_bytes: int = 1 << 40, sink: MemorySink | None = None) -> DecoderService:
+    return DecoderService(ENGINE, "d", cache_bytes, ThreadPoolExecutor(1), Recorder(sink))
 
 
 def request(index: int, session: str = "s", **fields: Any) -> DecodeRequest:
@@ -236,3 +237,18 @@ async def test_few_caches_are_made_anew_at_a_time_and_all_of_them_right(expected
     await decoder.decode(request(5, session="a"))
     assert (await decoder.decode(request(9, session="a"))).frames is None
     assert (decoder.counts.repeated, decoder.counts.missed) == (1, 1)
+
+
+async def test_what_was_asked_of_a_decoder_is_recorded_once() -> None:
+    sink = MemorySink()
+    decoder = service(cache_bytes=0, sink=sink)
+    await decoder.decode(request(0, session="a"))
+    await decoder.decode(request(0, session="a"))
+    await decoder.decode(request(0, session="b"))
+    await decoder.decode(request(1, session="a"))
+    for _ in range(2):
+        decoder.look()
+    calls = {result: sink.values["decoder_calls_total", result] for result in ("decoded", "repeated", "missed")}
+    assert calls == {"decoded": 2, "repeated": 1, "missed": 1}
+    assert sink.values["decoder_evictions_total",] == decoder.cache.evictions == 2
+    assert sink.values["decoder_cached_sessions",] == 1
