@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from causal_forcing.config import SessionConfig
+from causal_forcing.config import SessionConfig, SinkRope
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.presets import get_preset
@@ -32,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-steps", help="steps of the first chunk (default: the same)")
     parser.add_argument("--window", type=int, help="attention window in latent frames (default: the preset's)")
     parser.add_argument("--sink", type=int, help="latent frames that are never evicted (default: the preset's)")
+    parser.add_argument("--sink-rope", choices=[*SinkRope], help="where the sink's keys are (default: the preset's)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one JSON object a line")
     parser.add_argument("--count", type=int, default=500, help="held-out questions (default: %(default)s)")
+    parser.add_argument("--offset", type=int, default=0, help="held-out questions to skip first, for work in parts")
     parser.add_argument("--switches", type=int, default=0, help="trials of a prompt switch, for each policy")
     parser.add_argument("--drift", type=int, default=0, metavar="LATENTS", help="length of long streams")
     parser.add_argument("--drift-count", type=int, default=48, help="long streams (default: %(default)s)")
@@ -49,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if not engine.preset.trained:
         print(f"preset {engine.preset.name} has random weights: it has not been trained", file=sys.stderr)
     questions = _questions(args)
-    evaluator = evaluation.Evaluator(engine, _overrides(args), args.seed)
+    evaluator = evaluation.Evaluator(engine, _overrides(args), args.seed, first=args.offset)
     report: dict[str, Any] = {"format": FORMAT, "preset": engine.preset.name, "trained": engine.preset.trained}
-    report |= {"vae": args.vae, "settings": _settings(evaluator.config(0))}
+    report |= {"vae": args.vae, "settings": _settings(evaluator.config())}
     clips: list[evaluation.Frames] = []
     report["follow"] = evaluator.follow(questions, clips)
     if args.switches:
@@ -93,11 +95,13 @@ def _questions(args: argparse.Namespace) -> list[evaluation.Question]:
         return evaluation.read_questions(args.prompts)
     if args.count < 1:
         raise InvalidRequest("count", args.count, "must be at least 1")
-    return evaluation.held_out_questions(args.count)
+    if args.offset < 0:
+        raise InvalidRequest("offset", args.offset, "must be at least 0")
+    return evaluation.held_out_questions(args.offset + args.count)[args.offset :]
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    given = {"window_frames": args.window, "sink_frames": args.sink}
+    given = {"window_frames": args.window, "sink_frames": args.sink, "sink_rope": args.sink_rope}
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for name, text in (("denoising_steps", args.steps), ("first_chunk_steps", args.first_steps)):
         if text is not None:
@@ -109,7 +113,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings(config: SessionConfig) -> dict[str, Any]:
-    names = ("denoising_steps", "first_chunk_steps", "window_frames", "sink_frames", "seed")
+    names = ("denoising_steps", "first_chunk_steps", "window_frames", "sink_frames", "sink_rope", "seed")
     return {name: getattr(config, name) for name in names}
 
 

@@ -1,12 +1,14 @@
 """Whether a checkpoint of the world shows what it was told: instruction following, switches, drift.
 
-Everything runs through the production session; what is on the screen is read by :mod:`causal_forcing.training.reader`.
+Everything runs through the production session, many in step (:mod:`causal_forcing.training.cohort`); what is on the
+screen is read by :mod:`causal_forcing.training.reader`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from causal_forcing.config import SessionConfig
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
+from causal_forcing.geometry import TEMPORAL_STRIDE
 from causal_forcing.media import to_frames
-from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
-from causal_forcing.session import Session
+from causal_forcing.prompts import SwitchPolicy
 from causal_forcing.training import captions, metrics, world
+from causal_forcing.training.cohort import Cohort, decode
 from causal_forcing.training.reader import MINIMUM_AREA, NONE, ClipReading, colour_layers, read_clip
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "background")
@@ -33,6 +37,11 @@ CLIP_LATENTS = 12
 SWITCH_AFTER = 6
 SWITCH_WATCH = 6
 EARLY_LATENT = 20
+DRIFT_DECODED = 20
+"""Chunks that are decoded where a long stream is read: nine are read, the others prepare the decoder."""
+
+SHEET_CLIPS = 16
+"""Most clips of a contact sheet."""
 
 Frames = NDArray[np.uint8]
 
@@ -57,10 +66,12 @@ class Tally:
     Attributes:
         right: By attribute.
         asked: By attribute.
+        mistaken: How often an attribute's word was read as another one.
     """
 
     right: dict[str, int] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
+    mistaken: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def add(self, question: Question, reading: ClipReading) -> None:
         """Judge one clip; a second object that nobody asked for spoils the first one's attributes."""
@@ -68,9 +79,18 @@ class Tally:
         for attribute, word in question.expected.items():
             self.asked[attribute] = self.asked.get(attribute, 0) + 1
             self.right[attribute] = self.right.get(attribute, 0) + int(seen[attribute] == word)
+            self.mistaken[attribute, word, seen[attribute]] += int(seen[attribute] != word)
         self.asked["all"] = self.asked.get("all", 0) + 1
         correct = all(seen[attribute] == word for attribute, word in question.expected.items())
         self.right["all"] = self.right.get("all", 0) + int(correct)
+
+    def confusions(self) -> dict[str, dict[str, int]]:
+        """Return, by attribute, what was asked for and read instead, ``asked > read``, most frequent first."""
+        found: dict[str, dict[str, int]] = {}
+        for (attribute, asked, read), count in self.mistaken.most_common():
+            if count:
+                found.setdefault(attribute, {})[f"{asked} > {read}"] = count
+        return found
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Return accuracy, its 95 % interval and the number of questions, by attribute."""
@@ -133,63 +153,79 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def generate(session: Session, prompt: str, latents: int, policy: SwitchPolicy | None = None) -> Iterator[Frames]:
-    """Iterate over the pixel frames of each chunk under a prompt, ``[f, H, W, 3]`` uint8."""
-    update = PromptUpdate((WeightedPrompt(prompt),), policy=policy or SwitchPolicy.CROSS_ATTENTION)
-    session.update_prompt(update)
-    for _ in range(latents // session.engine.preset.chunk_frames):
-        yield to_frames(session.decode(session.generate_chunk()))
+def first_chunks(engine: Engine, config: SessionConfig, seeds: Sequence[int], prompts: Sequence[str]) -> Cohort:
+    """Return a cohort that is about to generate its first chunk."""
+    cohort = Cohort(engine, config, seeds)
+    cohort.update_prompt(prompts)
+    return cohort
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs an engine over questions.
+    """Runs an engine over questions, many sessions in step.
 
     Attributes:
         engine: With VAE and text encoder.
         overrides: Session settings other than the preset's.
         seed: Of the first clip; each clip has its own.
+        together: Sessions of a cohort.
+        first: Number of the first question of these, so that a part of a list is read as in the whole.
     """
 
     engine: Engine
     overrides: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    together: int = 25
+    first: int = 0
 
-    def config(self, index: int) -> SessionConfig:
-        """Return the configuration of one clip."""
-        return self.engine.session_config(**{**self.overrides, "seed": self.seed + index})
+    def config(self) -> SessionConfig:
+        """Return the configuration of every clip, but for the seed."""
+        return self.engine.session_config(**{**self.overrides, "seed": self.seed + self.first})
+
+    def cohorts(self, prompts: Sequence[str]) -> Iterator[tuple[slice, Cohort]]:
+        """Iterate over cohorts about to begin, and which of the prompts are theirs."""
+        for start in range(0, len(prompts), self.together):
+            members = slice(start, min(start + self.together, len(prompts)))
+            seeds = range(self.seed + self.first + members.start, self.seed + self.first + members.stop)
+            yield members, first_chunks(self.engine, self.config(), seeds, prompts[members])
 
     def follow(self, questions: Sequence[Question], sheet: list[Frames] | None = None) -> dict[str, Any]:
-        """Return accuracy by attribute, dynamic degree and flicker; the first 16 clips are added to ``sheet``."""
+        """Return accuracy by attribute, confusions, dynamic degree and flicker; 16 clips are added to ``sheet``."""
         tally, flows, flickers = Tally(), [], []
-        for index, question in enumerate(questions):
-            session = self.engine.new_session(self.config(index))
-            clip = np.concatenate(list(generate(session, question.prompt, CLIP_LATENTS)))
-            tally.add(question, read_clip(clip[-READ_FRAMES:]))
-            flows.append(metrics.mean_flow(clip))
-            flickers.append(metrics.flicker(clip))
-            if sheet is not None and index < 16:
-                sheet.append(clip)
+        for members, cohort in self.cohorts([question.prompt for question in questions]):
+            latents = torch.cat(list(cohort.latents(CLIP_LATENTS)), dim=2)
+            for question, clip in zip(questions[members], decode(self.engine, latents), strict=True):
+                tally.add(question, read_clip(clip[-READ_FRAMES:]))
+                flows.append(metrics.mean_flow(clip))
+                flickers.append(metrics.flicker(clip))
+                if sheet is not None and len(sheet) < SHEET_CLIPS:
+                    sheet.append(clip)
         return {
             "attributes": tally.summary(),
+            "confusions": tally.confusions(),
             "dynamic_degree": float(np.mean(flows)),
             "flicker": float(np.mean(flickers)),
         }
 
     def switches(self, trials: int, policy: SwitchPolicy) -> dict[str, Any]:
-        """Return after how many chunks a new colour is seen, over trials that change the colour alone."""
-        rng = np.random.default_rng(8)
+        """Return after how many chunks a new colour is seen, and what is read at the end.
+
+        Every trial changes the colour alone.
+        """
+        pairs = list(_colour_changes(trials))
         latencies: list[int | None] = []
-        for index in range(trials):
-            thing = world.draw_thing(rng)
-            colour = str(rng.choice([name for name in world.COLOURS if name != thing.colour]))
-            scene = world.Scene(str(rng.choice(world.BACKGROUNDS)), (thing,))
-            after = world.Scene(scene.background, (dataclasses.replace(thing, colour=colour),))
-            session = self.engine.new_session(self.config(index))
-            for _ in generate(session, captions.plain_caption(scene), SWITCH_AFTER):
-                pass
-            chunks = generate(session, captions.plain_caption(after), SWITCH_WATCH, policy)
-            latencies.append(_first_seen(chunks, colour))
+        tally = Tally()
+        for members, cohort in self.cohorts([captions.plain_caption(before) for before, _ in pairs]):
+            changed = [after for _, after in pairs[members]]
+            chunks = list(cohort.latents(SWITCH_AFTER))
+            cohort.update_prompt([captions.plain_caption(scene) for scene in changed], policy=policy)
+            chunks += cohort.latents(SWITCH_WATCH)
+            cut = policy is SwitchPolicy.SCENE_CUT
+            shown = torch.cat(chunks[SWITCH_AFTER:] if cut else chunks, dim=2)
+            skipped = 0 if cut else pixel_frames(SWITCH_AFTER)
+            for scene, clip in zip(changed, decode(self.engine, shown), strict=True):
+                latencies.append(_first_seen(_split(clip[skipped:], first=1 if cut else 4), scene.things[0].colour))
+                tally.add(Question("", expectation(scene)), read_clip(clip[-READ_FRAMES:]))
         seen = [value for value in latencies if value is not None]
         within = sum(value <= 2 for value in seen)
         low, high = metrics.wilson(within, trials)
@@ -200,26 +236,66 @@ class Evaluator:
             "high": high,
             "mean_chunks": float(np.mean(seen)) if seen else None,
             "never": trials - len(seen),
+            "afterwards": tally.summary(),
         }
 
-    def drift(self, questions: Iterable[Question], latents: int) -> dict[str, Any]:
-        """Return accuracy by attribute around latent frame 20 and at the end of long streams."""
-        early, late, flickers = Tally(), Tally(), []
-        for index, question in enumerate(questions):
-            session = self.engine.new_session(self.config(index))
-            window = np.zeros((0, world.SIDE, world.SIDE, 3), dtype=np.uint8)
-            for count, frames in enumerate(generate(session, question.prompt, latents), start=1):
-                window = np.concatenate([window, frames])[-READ_FRAMES:]
-                if count * self.engine.preset.chunk_frames == EARLY_LATENT:
-                    early.add(question, read_clip(window))
-            late.add(question, read_clip(window))
-            flickers.append(metrics.flicker(window))
+    def drift(self, questions: Sequence[Question], latents: int) -> dict[str, Any]:
+        """Return accuracy by attribute around latent frame 20 and at the end of long streams, and what they have lost.
+
+        ``kept`` is the share of attributes right at frame 20 that are right at the end, too.
+        """
+        early, late, kept = Tally(), Tally(), Tally()
+        flickers: dict[str, list[float]] = {"early": [], "late": []}
+        for members, cohort in self.cohorts([question.prompt for question in questions]):
+            recent: deque[Tensor] = deque(maxlen=DRIFT_DECODED)
+            windows: list[Tensor] = []
+            for count, chunk in enumerate(cohort.latents(latents), start=1):
+                recent.append(chunk)
+                if count * chunk.shape[2] in (EARLY_LATENT, latents):
+                    windows.append(torch.cat(list(recent), dim=2))
+            first, last = (decode(self.engine, windows[0]), decode(self.engine, windows[-1]))
+            for question, *clips in zip(questions[members], first, last, strict=True):
+                read = [read_clip(clip[-READ_FRAMES:]) for clip in clips]
+                early.add(question, read[0])
+                late.add(question, read[1])
+                kept.add(_answered(question, read[0]), read[1])
+                flickers["early"].append(metrics.flicker(clips[0][-READ_FRAMES:]))
+                flickers["late"].append(metrics.flicker(clips[1][-READ_FRAMES:]))
         return {
             "latents": latents,
             "early": early.summary(),
             "late": late.summary(),
-            "late_flicker": float(np.mean(flickers)) if flickers else None,
+            "kept": kept.summary(),
+            "flicker": {name: float(np.mean(values)) if values else None for name, values in flickers.items()},
         }
+
+
+def pixel_frames(latents: int) -> int:
+    """Return the pixel frames of so many latent frames that begin a scene."""
+    return TEMPORAL_STRIDE * latents - TEMPORAL_STRIDE + 1
+
+
+def _answered(question: Question, reading: ClipReading) -> Question:
+    """Return the part of a question that a clip answers rightly."""
+    seen = describe(reading)
+    return Question(question.prompt, {name: word for name, word in question.expected.items() if seen[name] == word})
+
+
+def _colour_changes(trials: int) -> Iterator[tuple[world.Scene, world.Scene]]:
+    """Iterate over scenes of one object, each before and after a change of its colour."""
+    rng = np.random.default_rng(8)
+    for _ in range(trials):
+        thing = world.draw_thing(rng)
+        colour = str(rng.choice([name for name in world.COLOURS if name != thing.colour]))
+        background = str(rng.choice(world.BACKGROUNDS))
+        yield world.Scene(background, (thing,)), world.Scene(background, (dataclasses.replace(thing, colour=colour),))
+
+
+def _split(frames: Frames, first: int) -> Iterator[Frames]:
+    """Iterate over the pixel frames of each latent frame; the first has one if it begins a scene."""
+    yield frames[:first]
+    for start in range(first, len(frames), TEMPORAL_STRIDE):
+        yield frames[start : start + TEMPORAL_STRIDE]
 
 
 def _first_seen(chunks: Iterable[Frames], colour: str) -> int | None:
