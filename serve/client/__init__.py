@@ -10,6 +10,7 @@ Needs grpcio and protobuf; :meth:`Frame.pixels` needs Pillow and numpy as well. 
 
 from .aio import AsyncVideoClient, AsyncVideoSession
 from .blocking import VideoClient, VideoSession
+from .errors import VideoServiceError
 from .events import (
     ChunkTimings,
     Ended,
@@ -23,7 +24,6 @@ from .events import (
     Queued,
     Started,
     StreamOptions,
-    VideoServiceError,
 )
 
 __all__ = [

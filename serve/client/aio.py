@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,27 +16,18 @@ from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
 
-from .events import (
-    ChunkTimings,
-    Ended,
-    Ending,
-    Event,
-    Frame,
-    FramesDropped,
-    Moved,
-    PromptApplied,
-    PromptRefused,
-    Queued,
-    Started,
-    StreamOptions,
-    VideoServiceError,
-    as_update,
-    prompt_to_proto,
-    seconds,
-)
+from .errors import VideoServiceError
+from .events import Event, Frame, StreamOptions, as_update, prompt_to_proto
+from .listener import Listener
 
 PING_EVERY_S = 5.0
 """How often a client shows that it is alive; servers take 30 s of silence for death, unless configured otherwise."""
+
+WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio calls a write to a call that has ended."""
+
+STATUS_S = 5.0
+"""How long the server's status may take to follow that."""
 
 
 class AsyncVideoClient:
@@ -89,37 +81,41 @@ class AsyncVideoSession:
     """One session: iterate over it for its events.
 
     Asking for the event after the last frame of a chunk acknowledges that chunk, so the server keeps pace with the loop
-    that shows the frames. A task in the background sends pings.
+    that shows the frames. Tasks in the background send pings and read what comes; credit bounds how much that is.
     """
 
     def __init__(self, call: Any, options: StreamOptions) -> None:  # noqa: ANN401  (grpc's call is untyped)
         self._call = call
         self._options = options
+        self._listener = Listener(options.codec)
         self._write_lock = asyncio.Lock()
         self._is_open = True
         self._prompt_numbers = itertools.count(1)
-        self._next_sequence = 0
-        self._parts: list[bytes] = []
-        self._init_segment = b""
         self._to_ack: int | None = None
-        self._config = pb.SessionConfig()
-        self._pinging: asyncio.Task[None] | None = None
+        self._heard: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._is_over = False
         self._error: VideoServiceError | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._status_came = asyncio.Event()
+        call.add_done_callback(lambda _: self._status_came.set())
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        if self._pinging is None:
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
             await self._write(pb.StreamVideoRequest(config=self._options.to_proto()))
-            self._pinging = asyncio.create_task(self._ping())
         if self._to_ack is not None:
             chunk, self._to_ack = self._to_ack, None
             await self._write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk)))
-        while True:
-            event = self._understand(await self._read())
-            if event is not None:
-                return event
+        event = None if self._is_over else await self._heard.get()
+        if event is None:
+            self._is_over = True
+            raise self._error or StopAsyncIteration
+        if isinstance(event, Frame) and event.last_in_chunk:
+            self._to_ack = event.chunk_index
+        return event
 
     async def update_prompt(self, prompt: PromptUpdate | str) -> str:
         """Change the prompt; return the name that PromptApplied and frames will carry."""
@@ -149,9 +145,10 @@ class AsyncVideoSession:
     async def close(self) -> None:
         """End the session without waiting for what is under way."""
         self._is_open = False
-        if self._pinging is not None:
-            self._pinging.cancel()
         self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _write(self, message: pb.StreamVideoRequest) -> None:
         """Send a message; a call that has ended says so when it is read."""
@@ -168,89 +165,31 @@ class AsyncVideoSession:
             await asyncio.sleep(PING_EVERY_S)
             await self._write(pb.StreamVideoRequest(ping=pb.Ping(nonce=nonce)))
 
-    async def _read(self) -> pb.StreamVideoResponse:
+    async def _read(self) -> None:
+        """Take what the server says, to the end: its own account of an error is the last of it."""
         try:
-            message = await self._call.read()
+            async for message in self._call:
+                event = self._listener.hear(message)
+                if event is not None:
+                    self._heard.put_nowait(event)
         except grpc.aio.AioRpcError as error:
-            raise self._error or VideoServiceError.from_status(error.code(), error.details() or "") from None
-        if not isinstance(message, pb.StreamVideoResponse):  # grpc.aio.EOF
-            code = await self._call.code()
-            if code is not grpc.StatusCode.OK:
-                details = await self._call.details()
-                raise self._error or VideoServiceError.from_status(code, details or "")
-            raise StopAsyncIteration
-        if message.sequence != self._next_sequence:
-            got = f"message {message.sequence} came where {self._next_sequence} was due"
-            raise VideoServiceError(grpc.StatusCode.DATA_LOSS, got, reason="SEQUENCE_GAP")
-        self._next_sequence += 1
-        return message
+            self._error = self._listener.error or await self._error_of(error)
+        except VideoServiceError as error:
+            self._error = error
+        finally:
+            self._heard.put_nowait(None)
 
-    def _understand(self, message: pb.StreamVideoResponse) -> Event | None:
-        """Return a message's event; None for one that is not for the user, or from a later protocol."""
-        match message.WhichOneof("message"):
-            case "frame":
-                return self._frame(message.frame)
-            case "queue_status":
-                status = message.queue_status
-                estimate = seconds(status.estimated_wait) if status.HasField("estimated_wait") else None
-                return Queued(status.sessions_ahead_count, seconds(status.waited), estimate)
-            case "session_started":
-                started = message.session_started
-                self._config = started.effective_config
-                return Started(started.session_id, started.effective_config, started.model, started.limits)
-            case "prompt_applied":
-                applied = message.prompt_applied
-                superseded = tuple(applied.superseded_prompt_ids)
-                return PromptApplied(applied.prompt_id, applied.chunk_index, applied.frame_index, superseded)
-            case "session_moved":
-                moved = message.session_moved
-                return Moved(moved.chunk_index, moved.frame_index, moved.reason, seconds(moved.interruption))
-            case "prompt_refused" | "frames_dropped" | "session_ending":
-                return _warning(message)
-            case "session_ended":
-                ended = message.session_ended
-                reason = pb.EndReason.Name(ended.reason).removeprefix("END_REASON_")
-                counts = (ended.chunk_count, ended.frame_count, ended.byte_count)
-                return Ended(reason, *counts, seconds(ended.duration))
-            case "error":
-                self._error = VideoServiceError.from_proto(message.error)
-        return None
+    async def _error_of(self, error: grpc.aio.AioRpcError) -> VideoServiceError:
+        """Return what the server ended the call with.
 
-    def _frame(self, part: pb.VideoFrame) -> Frame | None:
-        """Return a frame when its last part has come."""
-        self._parts.append(part.data)
-        if part.part_index == 0:
-            self._init_segment = part.init_segment
-        if part.part_index < part.part_count - 1:
-            return None
-        data, self._parts = b"".join(self._parts), []
-        timings = None
-        if part.last_in_chunk:
-            self._to_ack = part.chunk_index
-            spent = part.timings
-            taken = (spent.denoise, spent.decode, spent.encode, spent.queue, spent.text)
-            timings = ChunkTimings(*map(seconds, taken))
-        return Frame(
-            chunk_index=part.chunk_index,
-            frame_index=part.frame_index,
-            prompt_id=part.prompt_id,
-            data=data,
-            codec=self._options.codec,
-            height=self._config.height,
-            width=self._config.width,
-            timings=timings,
-            keyframe=part.keyframe,
-            init_segment=self._init_segment,
-        )
-
-
-def _warning(message: pb.StreamVideoResponse) -> PromptRefused | FramesDropped | Ending:
-    if message.HasField("prompt_refused"):
-        refused = message.prompt_refused
-        retry_after_s = seconds(refused.retry_after) if refused.HasField("retry_after") else None
-        return PromptRefused(refused.prompt_id, refused.reason, refused.message, retry_after_s, refused.error_id)
-    if message.HasField("session_ending"):
-        return Ending(seconds(message.session_ending.remaining))
-    dropped = message.frames_dropped
-    frames = (dropped.first_frame_index, dropped.frame_count)
-    return FramesDropped(*frames, dropped.first_chunk_index, dropped.chunk_count)
+        A write that fails because the call has ended makes grpc.aio name an error of its own until the server's status
+        has been taken from the connection, where it is by then.
+        """
+        code, details = error.code(), error.details()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_S):
+                while details == WRITE_FAILED:
+                    self._status_came.clear()
+                    await self._status_came.wait()
+                    code, details = await self._call.code(), await self._call.details()
+        return VideoServiceError.from_status(code, details or "")

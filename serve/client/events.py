@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import grpc
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2
 
 from causal_forcing.prompts import Blend, PromptUpdate, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
@@ -293,59 +291,6 @@ class Moved:
 
 Event = Queued | Started | PromptApplied | PromptRefused | Frame | Moved | FramesDropped | Ending | Ended
 """What a session yields."""
-
-
-class VideoServiceError(Exception):
-    """Raised when a session fails.
-
-    Attributes:
-        code: The gRPC status code.
-        reason: Stable UPPER_SNAKE name; empty when the transport failed and no server said one.
-        message: Text for people.
-        retry_after_s: When to come back, if that makes sense.
-        field: The field of an invalid request, or empty.
-        error_id: Names the failure in the server's log, or empty.
-    """
-
-    def __init__(
-        self,
-        code: grpc.StatusCode,
-        message: str,
-        *,
-        reason: str = "",
-        retry_after_s: float | None = None,
-        field: str = "",
-        error_id: str = "",
-    ) -> None:
-        super().__init__(f"{code.name} {reason}: {message}" if reason else f"{code.name}: {message}")
-        self.code = code
-        self.message = message
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-        self.field = field
-        self.error_id = error_id
-
-    @classmethod
-    def from_proto(cls, error: pb.Error) -> VideoServiceError:
-        """Return the error that a server sent as its last message."""
-        code = next(code for code in grpc.StatusCode if code.value[0] == error.status.code)
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        retry_after_s = None
-        for detail in error.status.details:
-            detail.Unpack(info)
-            if detail.Unpack(retry):
-                retry_after_s = seconds(retry.retry_delay)
-        message = error.status.message.removeprefix(f"{error.reason}: ")
-        field, error_id = info.metadata.get("field", ""), error.error_id
-        return cls(code, message, reason=error.reason, retry_after_s=retry_after_s, field=field, error_id=error_id)
-
-    @classmethod
-    def from_status(cls, code: grpc.StatusCode, details: str) -> VideoServiceError:
-        """Return the error of a call that ended without a last message."""
-        reason, separator, message = details.partition(": ")
-        if separator and reason.replace("_", "").isupper():
-            return cls(code, message, reason=reason)
-        return cls(code, details)
 
 
 def as_update(prompt: PromptUpdate | str) -> PromptUpdate:

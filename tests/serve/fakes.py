@@ -218,9 +218,9 @@ class FakeBackends:
         return not self.running and not self.room.count() and not len(self.decoder.cache)
 
 
-def open_session(backends: FakeBackends, client: Client) -> LiveSession:
-    """Return a session with a fixed name."""
-    return LiveSession("session-1", backends.service, backends, StreamInput(client, backends.service))
+def open_session(backends: FakeBackends, client: Client, name: str = "session-1") -> LiveSession:
+    """Return a session."""
+    return LiveSession(name, backends.service, backends, StreamInput(client, backends.service))
 
 
 async def play(

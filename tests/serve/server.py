@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from asyncio import Event, new_event_loop, run_coroutine_threadsafe
 from collections.abc import AsyncIterator, Iterator
@@ -22,6 +23,7 @@ class Servicer(video_pb2_grpc.VideoServiceServicer):
 
     def __init__(self, backends: FakeBackends) -> None:
         self._backends = backends
+        self._numbers = itertools.count(1)
         self._running = 0
         self.is_idle = Event()
         self.is_idle.set()
@@ -31,7 +33,8 @@ class Servicer(video_pb2_grpc.VideoServiceServicer):
         self._running += 1
         self.is_idle.clear()
         try:
-            async with aclosing(open_session(self._backends, requests).messages()) as messages:
+            session = open_session(self._backends, requests, f"session-{next(self._numbers)}")
+            async with aclosing(session.messages()) as messages:
                 async for message in messages:
                     if message.HasField("session_ended"):
                         set_status(context, None)

@@ -13,7 +13,7 @@ from PIL import Image
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.scope.pipeline import CausalForcingPipeline
 from serve.client import VideoServiceError
-from tests.serve.fakes import FakeBackends
+from tests.serve.fakes import LOST, FakeBackends
 from tests.serve.server import serving_in_background
 
 
@@ -63,12 +63,30 @@ def test_a_reset_keeps_the_generator_and_begins_a_new_scene(server: str, backend
     run.shutdown()
 
 
+def test_another_seed_needs_another_session(server: str, backends: FakeBackends) -> None:
+    run = load(server)
+    run(prompts="a red circle", init_cache=True)
+    run(prompts="a red circle", init_cache=True, base_seed=7)
+    assert len([event for event in backends.events if event.startswith("confirm")]) == 2
+    run.shutdown()
+
+
 def test_a_picture_goes_to_the_server(server: str, tmp_path: Path) -> None:
     path = tmp_path / "red.png"
     Image.new("RGB", (64, 64), (255, 0, 0)).save(path)
     run = load(server)
     video = run(prompts="a red circle", init_cache=True, first_frame_image=str(path))["video"]
     assert video.shape == (1, 64, 64, 3)
+    run.shutdown()
+
+
+def test_a_lost_session_is_an_error_once_and_then_a_new_session(server: str, backends: FakeBackends) -> None:
+    run = load(server)
+    run(prompts="a red circle", init_cache=True)
+    backends.decode_failures.append(LOST)
+    with pytest.raises(VideoServiceError, match="gone"):
+        _call_often(run)
+    assert run(prompts="a red circle", init_cache=False)["video"].shape == (1, 64, 64, 3)
     run.shutdown()
 
 
@@ -94,6 +112,11 @@ def test_a_size_that_the_server_does_not_have_is_named(server: str) -> None:
         run(prompts="a red circle", init_cache=True)
     assert refused.value.reason == "UNSUPPORTED_RESOLUTION"
     run.shutdown()
+
+
+def _call_often(run: CausalForcingPipeline) -> None:
+    for _ in range(4):  # some chunks are under way already
+        run(prompts="a red circle", init_cache=False)
 
 
 def _eventually(backends: FakeBackends) -> list[str]:

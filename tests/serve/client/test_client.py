@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
+from protos.causal_forcing.v1 import video_pb2 as pb
+from protos.causal_forcing.v1 import video_pb2_grpc
 from serve.client import (
     AsyncVideoClient,
     Ended,
@@ -29,8 +34,10 @@ from serve.client import (
 )
 from serve.client.events import prompt_to_proto
 from serve.errors import Unavailable
+from serve.gateway_service import set_status
 from serve.requests import parse_prompt
 from serve.simulated import mark
+from serve.status import Failure
 from tests.serve.fakes import FakeBackends, simulated
 from tests.serve.server import serving, serving_in_background
 
@@ -207,6 +214,36 @@ async def test_an_error_that_may_pass_says_when_to_come_back() -> None:
             async for _ in session:
                 pass
     assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 2.0)
+
+
+class Refusing(video_pb2_grpc.VideoServiceServicer):
+    """Ends a call with an error at the second message."""
+
+    async def StreamVideo(self, requests: Any, context: Any) -> AsyncIterator[pb.StreamVideoResponse]:  # noqa: N802
+        await anext(requests)
+        yield pb.StreamVideoResponse(queue_status=pb.QueueStatus())
+        await anext(requests)
+        failure = Failure("UNAVAILABLE", "DECODER_LOST", "died", {}, 2.0)
+        set_status(context, failure)
+        yield pb.StreamVideoResponse(sequence=1, error=failure.to_proto())
+
+
+async def test_the_servers_error_is_heard_by_a_client_that_is_writing() -> None:
+    server = grpc.aio.server()
+    video_pb2_grpc.add_VideoServiceServicer_to_server(Refusing(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop, None)
+        client = await stack.enter_async_context(AsyncVideoClient(f"127.0.0.1:{port}"))
+        for _ in range(20):
+            async with client.stream(StreamOptions("a fox")) as session:
+                assert isinstance(await anext(session), Queued)
+                for _ in range(200):  # the call ends somewhere between them
+                    await session.request_keyframe()
+                with pytest.raises(VideoServiceError) as caught:
+                    await anext(session)
+            assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 2.0)
 
 
 async def test_a_server_that_is_not_there_is_an_error_without_a_reason() -> None:
