@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, cast
 
+from causal_forcing import startup  # noqa: F401 (its clock starts here, before anything heavy)
 from causal_forcing.errors import CausalForcingError, InvalidRequest
 from causal_forcing.version import __version__
 

@@ -14,6 +14,7 @@ device takes it from there.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.errors import InvalidRequest
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.transformer import CausalTransformer
 
@@ -65,6 +67,25 @@ def use_compile_cache(folder: Path | None = None) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     os.environ[_TORCH_CACHE_VARIABLE] = str(path)
     return path
+
+
+def require_compiler(device: torch.device | str) -> None:
+    """Refuse to compile where generated code could not be built; called before any weights are loaded.
+
+    Raises:
+        InvalidRequest: If there is no C++ compiler for the CPU, or no Triton for a GPU (field ``compile``).
+    """
+    if torch.device(device).type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise InvalidRequest("compile", True, "needs Triton on a GPU: pip install triton")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds to import, and only compiling needs it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise InvalidRequest("compile", True, "needs a C++ compiler on a CPU, e.g. g++, or its path in CXX") from None
 
 
 def compile_transformer(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from causal_forcing.compile import compile_transformer, use_compile_cache, warm_up
+from causal_forcing.compile import compile_transformer, require_compiler, use_compile_cache, warm_up
 from causal_forcing.config import SessionConfig
 from causal_forcing.errors import InvalidRequest, SessionStateError
 from causal_forcing.geometry import Geometry
@@ -17,6 +17,7 @@ from causal_forcing.noise import NoiseSource
 from causal_forcing.presets import Preset, get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate
 from causal_forcing.session import Session
+from causal_forcing.startup import StartUp
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.weights import LoraFile, load_text_encoder, load_transformer, load_vae
 from causal_forcing.weights.loading import default_dtype
@@ -62,6 +63,7 @@ class Engine:
         quantization: str | None = None,
         compiled: bool = False,
         session: SessionConfig | None = None,
+        startup: StartUp | None = None,
     ) -> Engine:
         """Return an engine with its weights loaded, strictly.
 
@@ -76,33 +78,40 @@ class Engine:
             quantization: ``fp8_e4m3fn`` for 8-bit linear layers on GPUs that compute in it.
             compiled: Whether to compile the generator's passes, and warm them up for ``session`` (minutes on a CPU).
             session: What one session will ask for, which must fit beside the weights; None means the preset's defaults.
+            startup: Is told how long loading and compiling took, and how far the warm-up is.
 
         Raises:
-            InvalidRequest: If there is no such preset, the preset has no such VAE, or the device cannot quantise so.
+            InvalidRequest: If there is no such preset, the preset has no such VAE, the device cannot quantise so, or
+                this machine lacks what compiling needs.
             OutOfMemory: If the weights and one session do not fit on the device; nothing is loaded.
             BadCheckpoint: If a file is missing, damaged, of another model, or not finite.
         """
         preset = get_preset(preset) if isinstance(preset, str) else preset
         require_quantisation(quantization, device)
+        if compiled:
+            require_compiler(device)
         dtype = dtype or default_dtype(device)
         needed = required_bytes(preset, vae, session or preset.session_config(), dtype, text_encoder=text_encoder)
         require_memory(needed, device, free=free_bytes)
-        transformer = load_transformer(preset, weights_dir, device=device, dtype=dtype, loras=loras)
-        quantise(transformer, quantization)
-        native_tokens = preset.chunk_frames * Geometry(preset.height, preset.width).tokens_per_frame
-        on_gpu = torch.device(device).type == "cuda"
-        if (on_gpu and quantization is None) or (not on_gpu and native_tokens <= FEW_TOKENS):
-            transformer.lay_out(few_tokens=not on_gpu)  # not where the weights are mapped files, or of 8 bits
-        engine = cls(
-            preset,
-            transformer,
-            load_vae(preset, vae, weights_dir, device=device, dtype=dtype) if vae else None,
-            load_text_encoder(preset, weights_dir, device=device, dtype=dtype) if text_encoder else None,
-        )
+        startup = startup or StartUp()
+        with startup.phase("load"):
+            transformer = load_transformer(preset, weights_dir, device=device, dtype=dtype, loras=loras)
+            quantise(transformer, quantization)
+            native_tokens = preset.chunk_frames * Geometry(preset.height, preset.width).tokens_per_frame
+            on_gpu = torch.device(device).type == "cuda"
+            if (on_gpu and quantization is None) or (not on_gpu and native_tokens <= FEW_TOKENS):
+                transformer.lay_out(few_tokens=not on_gpu)  # not where weights are mapped files, or of 8 bits
+            engine = cls(
+                preset,
+                transformer,
+                load_vae(preset, vae, weights_dir, device=device, dtype=dtype) if vae else None,
+                load_text_encoder(preset, weights_dir, device=device, dtype=dtype) if text_encoder else None,
+            )
         if compiled:
-            use_compile_cache()
-            compile_transformer(transformer)
-            warm_up(engine, session)
+            with startup.phase("compile"):
+                use_compile_cache()
+                compile_transformer(transformer)
+                warm_up(engine, session, progress=startup.on_warm_up)
         return engine
 
     @property

@@ -209,9 +209,14 @@ class GeneratorConfig(WorkerConfig):
         first_chunk_timeout_s: How long each of a session's first chunks may take; later ones are compared with those
             before them. A device that takes longer is taken for broken.
         silence_timeout_s: A generator whose process says nothing for this long is ended.
+        compile: Whether a replica compiles its passes before it is ready: once for each allowed size, with the preset's
+            own window. What a session asks for beyond that is compiled while it waits.
+        quantization: ``fp8_e4m3fn`` for 8-bit linear layers, on GPUs that compute in them.
     """
 
     autoscaling: GeneratorScaling | None = None
+    compile: bool = False
+    quantization: Literal["fp8_e4m3fn"] | None = None
     sessions_per_replica: Annotated[int, Field(ge=1, le=256)] = 1
     memory_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
     first_chunk_timeout_s: PositiveFloat = 120
@@ -398,8 +403,9 @@ class ServiceConfig(Section):
             raise ValueError(error.message) from error
         if self.engine == "simulated":
             given = {"weights_dir", "device"} & self.model_fields_set
-            if self.generator.memory_bytes is not None:
-                given |= {"generator.memory_bytes"}
+            for name in ("memory_bytes", "compile", "quantization"):
+                if getattr(self.generator, name):
+                    given |= {f"generator.{name}"}
             if given:
                 raise ValueError(f"{', '.join(sorted(given))} can have no effect on a simulated engine")
         elif self.simulated is not None:
@@ -408,6 +414,9 @@ class ServiceConfig(Section):
             self.generator.num_gpus or self.vae_decoder.num_gpus or self.text_encoder.num_gpus
         ):
             raise ValueError("num_gpus can have no effect on device: cpu")
+        if self.device == "cpu" and self.generator.quantization is not None:
+            needed = "needs device: cuda, and there compute capability 8.9 or more (Ada, Hopper or newer)"
+            raise ValueError(f"generator.quantization: {self.generator.quantization} {needed}")
         scaling = self.generator.autoscaling
         if scaling is not None and not scaling.min_replicas and not self.limits.max_queued_sessions:
             raise ValueError("generator.autoscaling.min_replicas: 0 needs a queue (limits.max_queued_sessions)")

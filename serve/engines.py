@@ -16,9 +16,11 @@ import numpy as np
 from causal_forcing.config import SessionConfig
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.resume import AppliedPrompt, StreamPoint, resume_session
+from causal_forcing.startup import StartUp
 
 from .config import ServiceConfig, WorkerConfig
 from .frames import Pixels
+from .logs import LOGGER
 from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
 from .metrics import SILENT, Recorder
 from .metrics.drift import LatentStats
@@ -138,16 +140,19 @@ class TextEngine(Protocol):
 def load_generator(config: ServiceConfig, recorder: Recorder = SILENT) -> GeneratorEngine:
     """Return the configured generator, loaded and warm."""
     engine: GeneratorEngine
-    start = time.perf_counter()
+    startup = StartUp(_log_warm_up)
     if config.engine == "simulated":
         from .simulated import SimulatedGenerator
 
-        engine = SimulatedGenerator(config)
+        with startup.phase("load"):
+            engine = SimulatedGenerator(config)
     else:
-        engine = ModelGenerator(config)
-    loaded = time.perf_counter()
-    engine.warm_up()
-    recorder.ready(loaded - start, time.perf_counter() - loaded)
+        engine = ModelGenerator(config, startup)
+    with startup.phase("first chunk"):
+        engine.warm_up()
+    LOGGER.info("generator ready: cold start %s", startup)
+    warm_up_s = startup.phases.get("compile", 0.0) + startup.phases["first chunk"]
+    recorder.ready(startup.total_s - warm_up_s, warm_up_s)
     recorder.cache_limit("kv", config.generator.sessions_per_replica * engine.cache_limit_bytes)
     return engine
 
@@ -188,17 +193,37 @@ def load_text(config: ServiceConfig, recorder: Recorder = SILENT) -> TextEngine:
 class ModelGenerator:
     """The causal transformer."""
 
-    def __init__(self, config: ServiceConfig) -> None:
-        from causal_forcing.engine import Engine
-        from causal_forcing.weights.memory import require_memory
+    def __init__(self, config: ServiceConfig, startup: StartUp | None = None) -> None:
+        startup = startup or StartUp()
+        with startup.phase("import"):
+            from causal_forcing.engine import Engine
+            from causal_forcing.weights.memory import require_memory
 
-        _use_threads(config.generator)
+            _use_threads(config.generator)
         self._config = config
         if config.generator.sessions_per_replica > 1:  # the engine itself looks for room for one
             require_memory(config.generator_memory(), config.device)
         self._engine: Engine = Engine.load(
-            config.preset, device=config.device, vae=None, text_encoder=False, weights_dir=config.weights_dir
+            config.preset,
+            device=config.device,
+            vae=None,
+            text_encoder=False,
+            weights_dir=config.weights_dir,
+            quantization=config.generator.quantization,
+            compiled=config.generator.compile,
+            session=self._session_config(config.allowed_sizes[0]),
+            startup=startup,
         )
+        if config.generator.compile:
+            from causal_forcing.compile import warm_up
+
+            with startup.phase("compile"):
+                for size in config.allowed_sizes[1:]:
+                    warm_up(self._engine, self._session_config(size), progress=startup.on_warm_up)
+
+    def _session_config(self, size: tuple[int, int]) -> SessionConfig:
+        """Return the preset's defaults at one of the allowed sizes."""
+        return self._config.model_preset.session_config(height=size[0], width=size[1])
 
     def open(self, config: SessionConfig) -> GeneratorSession:
         """Return a fresh session."""
@@ -227,8 +252,7 @@ class ModelGenerator:
 
     def warm_up(self) -> None:
         """Generate two chunks of the native size, a scene's first and a later one."""
-        height, width = self._config.allowed_sizes[0]
-        session = self.open(self._engine.session_config(height=height, width=width))
+        session = self.open(self._session_config(self._config.allowed_sizes[0]))
         sizes = self._engine.preset.transformer
         blank = PackedTensor(np.zeros((1, sizes.text_len, sizes.text_dim), np.float32), "float32")
         session.update_prompt(WARM_UP, [PackedEmbedding("warm-up", blank)])
@@ -379,6 +403,10 @@ class ModelText:
 def unpack_embeddings(embeddings: Sequence[PackedEmbedding], engine: Engine) -> list[PromptEmbedding]:
     """Return embeddings on an engine's device."""
     return [PromptEmbedding(e.tensor.unpack().to(engine.device, engine.dtype), e.key) for e in embeddings]
+
+
+def _log_warm_up(done: int, total: int) -> None:
+    LOGGER.info("compiling: %d of %d chunks", done, total)
 
 
 def _use_threads(worker: WorkerConfig) -> None:

@@ -28,6 +28,7 @@ from causal_forcing.record import SessionRecord
 from causal_forcing.sampler import Stopped
 from causal_forcing.script import ScheduledPrompt, schedule
 from causal_forcing.session import Chunk, Session
+from causal_forcing.startup import PROGRAM_STARTED_S, StartUp
 from causal_forcing.weights import LoraFile
 from causal_forcing.weights.quantise import QUANTISATIONS
 
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
+        startup = _start_up(quiet=args.quiet)
         engine = Engine.load(
             request.preset,
             device=device,
@@ -70,15 +72,18 @@ def run(args: argparse.Namespace) -> int:
             quantization=args.quantization,
             compiled=args.compile,
             session=request.config,
+            startup=startup,
         )
         with _progress_bar(request, quiet=args.quiet) as bar:
             run = Run(request, engine, writer, bar, stop)
             run.generate()
         if not writer.frame_count:
             raise KeyboardInterrupt
+        startup.add("first chunk", run.speed.first_s or 0.0)
     if request.save_record and run.record:
         _save_record(run.record, request.save_record)
     print(run.speed.summary(writer))
+    print(f"cold start {startup}")
     return 130 if stop.is_set() else 0
 
 
@@ -244,6 +249,18 @@ def _save_record(record: SessionRecord, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     record.save(temporary)
     temporary.replace(path)
+
+
+def _start_up(*, quiet: bool) -> StartUp:
+    """Return the clock of this start, its imports already counted, which shows how far the warm-up is."""
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\rcompiling: {done} of {total} chunks", end=end, file=sys.stderr, flush=True)
+
+    startup = StartUp() if quiet else StartUp(show)
+    startup.add("import", time.perf_counter() - PROGRAM_STARTED_S)
+    return startup
 
 
 def _progress_bar(request: GenerateRequest, *, quiet: bool) -> tqdm[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from causal_forcing.media import read_image, to_frames
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.session import Session
+from causal_forcing.startup import StartUp
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.vae import WanVae
 
@@ -83,7 +85,26 @@ def test_the_frames_are_the_sessions(command, engine: Engine, tmp_path: Path, ca
     assert np.array_equal(pictures(tmp_path), frames_of(session, 4))
     shown = capsys.readouterr()
     assert "wrote f%02d.png: 13 frames (0.81 s), TTFC 0." in shown.out
+    assert re.search(
+        r"cold start [\d.]+ s \(import [\d.]+, first chunk [\d.]+\)", shown.out
+    )  # a stand-in loads nothing
     assert "random weights" not in shown.err
+
+
+def test_the_warm_up_shows_how_far_it_is(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    def load(*_args: object, startup: StartUp, **_options: object) -> Engine:
+        startup.on_warm_up(1, 2)
+        startup.on_warm_up(2, 2)
+        return engine
+
+    monkeypatch.setattr(Engine, "load", load)
+    monkeypatch.setattr("causal_forcing.commands.request.get_preset", lambda _name: engine.preset)
+    assert (
+        cli.main(["generate", "--compile", "--prompt", "a fox", "--chunks", "1", "-o", str(tmp_path / "f%d.png")]) == 0
+    )
+    assert "compiling: 1 of 2 chunks\rcompiling: 2 of 2 chunks\n" in capsys.readouterr().err
 
 
 def test_a_video_has_exactly_the_length_asked_for_and_says_what_it_is(command, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch._inductor.config
 
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest, OutOfMemory, SessionStateError
+from causal_forcing.startup import StartUp
 from causal_forcing.weights import load_transformer
 from tests.causal_forcing.builders import make_engine, update
 
@@ -28,6 +30,23 @@ def test_a_wrong_option_is_refused_before_loading(nothing_is_loaded, options, fi
         Engine.load(**options)
     assert refusal.value.metadata["field"] == field
     assert str(options[field]) in str(refusal.value)
+
+
+def test_compiling_without_a_compiler_is_refused_before_loading(nothing_is_loaded):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(InvalidRequest) as refusal,
+    ):
+        Engine.load("tiny", compiled=True)
+    assert refusal.value.metadata["field"] == "compile"
+    assert "C++ compiler" in str(refusal.value)
+
+
+def test_loading_says_what_it_took():
+    startup = StartUp()
+    Engine.load("tiny", vae=None, text_encoder=False, startup=startup)
+    assert list(startup.phases) == ["load"]
+    assert startup.total_s > 0
 
 
 def test_a_device_without_the_memory_is_refused_with_the_arithmetic(nothing_is_loaded, monkeypatch):

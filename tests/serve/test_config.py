@@ -45,6 +45,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "needs a queue",
     ),
     ({"engine": "simulated", "generator": {"memory_bytes": 1 << 30}}, "config", "no effect on a simulated engine"),
+    ({"engine": "simulated", "generator": {"compile": True}}, "config", "generator.compile can have no effect"),
+    ({"generator": {"quantization": "int3"}}, "generator.quantization", "fp8_e4m3fn"),
+    ({"generator": {"quantization": "fp8_e4m3fn"}}, "config", "generator.quantization: fp8_e4m3fn needs device: cuda"),
     (
         {"generator": {"memory_bytes": 300 << 20, "sessions_per_replica": 64}},
         "config",
