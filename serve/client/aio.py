@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -12,22 +9,16 @@ from typing import Any, Self
 
 import grpc
 
-from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
 
 from .errors import VideoServiceError
-from .events import Event, Frame, StreamOptions, as_update, prompt_to_proto
-from .listener import Listener
+from .events import SessionInfo, StreamOptions
+from .reconnect import AsyncReconnectingSession, Retry
+from .session import AsyncVideo, AsyncVideoSession
 
-PING_EVERY_S = 5.0
-"""How often a client shows that it is alive; servers take 30 s of silence for death, unless configured otherwise."""
-
-WRITE_FAILED = "Internal error from Core"
-"""What grpc.aio calls a write to a call that has ended."""
-
-STATUS_S = 5.0
-"""How long the server's status may take to follow that."""
+CALL_TIMEOUT_S = 15.0
+"""How long the service may take to answer a call that is not a stream."""
 
 
 class AsyncVideoClient:
@@ -67,129 +58,89 @@ class AsyncVideoClient:
     @asynccontextmanager
     async def stream(self, options: StreamOptions) -> AsyncIterator[AsyncVideoSession]:
         """Open a session; leaving the block ends it."""
-        if self._channel is None:
-            raise RuntimeError("use the client as a context manager")
-        stub = video_pb2_grpc.VideoServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        session = AsyncVideoSession(stub.StreamVideo(metadata=self._metadata or None), options)
+        session = self._session(options)
         try:
             yield session
         finally:
             await session.close()
 
+    @asynccontextmanager
+    async def keep_streaming(
+        self, options: StreamOptions, retry: Retry | None = None
+    ) -> AsyncIterator[AsyncReconnectingSession]:
+        """Open a session that is followed by a new one whenever it is lost; leaving the block ends it.
 
-class AsyncVideoSession:
-    """One session: iterate over it for its events.
-
-    Asking for the event after the last frame of a chunk acknowledges that chunk, so the server keeps pace with the loop
-    that shows the frames. Tasks in the background send pings and read what comes; credit bounds how much that is.
-    """
-
-    def __init__(self, call: Any, options: StreamOptions) -> None:  # noqa: ANN401  (grpc's call is untyped)
-        self._call = call
-        self._options = options
-        self._listener = Listener(options.codec)
-        self._write_lock = asyncio.Lock()
-        self._is_open = True
-        self._prompt_numbers = itertools.count(1)
-        self._to_ack: int | None = None
-        self._heard: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._is_over = False
-        self._error: VideoServiceError | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._status_came = asyncio.Event()
-        call.add_done_callback(lambda _: self._status_came.set())
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        if not self._tasks:
-            self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
-            await self._write(pb.StreamVideoRequest(config=self._options.to_proto()))
-        if self._to_ack is not None:
-            chunk, self._to_ack = self._to_ack, None
-            await self._write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk)))
-        event = None if self._is_over else await self._heard.get()
-        if event is None:
-            self._is_over = True
-            raise self._error or StopAsyncIteration
-        if isinstance(event, Frame) and event.last_in_chunk:
-            self._to_ack = event.chunk_index
-        return event
-
-    async def update_prompt(self, prompt: PromptUpdate | str) -> str:
-        """Change the prompt; return the name that PromptApplied and frames will carry."""
-        number = next(self._prompt_numbers)
-        update = prompt_to_proto(as_update(prompt))
-        update.prompt_id = update.prompt_id or f"prompt-{number}"
-        await self._write(pb.StreamVideoRequest(prompt=update))
-        return update.prompt_id
-
-    async def pause(self) -> None:
-        """Let the session rest after the chunks under way; the server ends one that rests for too long."""
-        await self._write(pb.StreamVideoRequest(pause=pb.Pause()))
-
-    async def resume(self) -> None:
-        """Go on after a pause."""
-        await self._write(pb.StreamVideoRequest(resume=pb.Resume()))
-
-    async def request_keyframe(self) -> None:
-        """Ask that the next chunk begin with a frame that can be decoded by itself."""
-        await self._write(pb.StreamVideoRequest(request_keyframe=pb.RequestKeyframe()))
-
-    async def end(self) -> None:
-        """Ask for the end; the iteration goes on until the server's Ended."""
-        await self._write(pb.StreamVideoRequest(end=pb.End()))
-        self._is_open = False
-
-    async def close(self) -> None:
-        """End the session without waiting for what is under way."""
-        self._is_open = False
-        self._call.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _write(self, message: pb.StreamVideoRequest) -> None:
-        """Send a message; a call that has ended says so when it is read."""
-        if not self._is_open:
-            return
-        async with self._write_lock:
-            try:
-                await self._call.write(message)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                self._is_open = False
-
-    async def _ping(self) -> None:
-        for nonce in itertools.count():
-            await asyncio.sleep(PING_EVERY_S)
-            await self._write(pb.StreamVideoRequest(ping=pb.Ping(nonce=nonce)))
-
-    async def _read(self) -> None:
-        """Take what the server says, to the end: its own account of an error is the last of it."""
-        try:
-            async for message in self._call:
-                event = self._listener.hear(message)
-                if event is not None:
-                    self._heard.put_nowait(event)
-        except grpc.aio.AioRpcError as error:
-            self._error = self._listener.error or await self._error_of(error)
-        except VideoServiceError as error:
-            self._error = error
-        finally:
-            self._heard.put_nowait(None)
-
-    async def _error_of(self, error: grpc.aio.AioRpcError) -> VideoServiceError:
-        """Return what the server ended the call with.
-
-        A write that fails because the call has ended makes grpc.aio name an error of its own until the server's status
-        has been taken from the connection, where it is by then.
+        The iteration raises what cannot be helped: errors that do not pass, and the last one when tries run out.
         """
-        code, details = error.code(), error.details()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STATUS_S):
-                while details == WRITE_FAILED:
-                    self._status_came.clear()
-                    await self._status_came.wait()
-                    code, details = await self._call.code(), await self._call.details()
-        return VideoServiceError.from_status(code, details or "")
+        session = AsyncReconnectingSession(self._session, options, retry or Retry())
+        try:
+            yield session
+        finally:
+            await session.close()
+
+    @asynccontextmanager
+    async def generate(self, options: StreamOptions, duration_s: float) -> AsyncIterator[AsyncVideo]:
+        """Ask for a video of a given length, at its own pace and without acks; leaving the block ends it.
+
+        Args:
+            options: As for a session; ``credit_chunks`` and ``slow_client_policy`` must be left out.
+            duration_s: Length of the video; the service's model says how much it may be.
+        """
+        request = pb.GenerateVideoRequest(config=options.to_proto())
+        request.duration.FromNanoseconds(round(duration_s * 1e9))
+        video = AsyncVideo(self._stub.GenerateVideo(request, metadata=self._metadata or None), options.codec)
+        try:
+            yield video
+        finally:
+            await video.close()
+
+    async def get_model(self) -> pb.GetModelResponse:
+        """Return which model runs and what sessions may ask for.
+
+        Raises:
+            VideoServiceError: If the service does not answer, or not this caller.
+        """
+        model: pb.GetModelResponse = await self._call(self._stub.GetModel, pb.GetModelRequest())
+        return model
+
+    async def get_session(self, session_id: str) -> SessionInfo:
+        """Return where one of the caller's sessions stands (any session, for an operator).
+
+        Raises:
+            VideoServiceError: If there is no such session, or it is another tenant's.
+        """
+        request = pb.GetSessionRequest(session_id=session_id)
+        answer: pb.GetSessionResponse = await self._call(self._stub.GetSession, request)
+        return SessionInfo.from_proto(answer.session)
+
+    async def list_sessions(self) -> list[SessionInfo]:
+        """Return all sessions of the service: who waits longest first, then who runs longest.
+
+        Raises:
+            VideoServiceError: If the caller is not an operator.
+        """
+        answer: pb.ListSessionsResponse = await self._call(self._stub.ListSessions, pb.ListSessionsRequest())
+        return [SessionInfo.from_proto(status) for status in answer.sessions]
+
+    async def end_session(self, session_id: str) -> None:
+        """Have a session ended; its client is told that an operator did.
+
+        Raises:
+            VideoServiceError: If there is no such session, or the caller is not an operator.
+        """
+        await self._call(self._stub.EndSession, pb.EndSessionRequest(session_id=session_id))
+
+    def _session(self, options: StreamOptions) -> AsyncVideoSession:
+        return AsyncVideoSession(self._stub.StreamVideo(metadata=self._metadata or None), options)
+
+    async def _call(self, method: Any, request: Any) -> Any:  # noqa: ANN401  (grpc's stubs are untyped)
+        try:
+            return await method(request, metadata=self._metadata or None, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise VideoServiceError.from_call(error) from None
+
+    @property
+    def _stub(self) -> Any:  # noqa: ANN401  (grpc's stubs are untyped)
+        if self._channel is None:
+            raise RuntimeError("use the client as a context manager")
+        return video_pb2_grpc.VideoServiceStub(self._channel)  # type: ignore[no-untyped-call]

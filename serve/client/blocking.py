@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -12,9 +12,12 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from causal_forcing.prompts import PromptUpdate
+from protos.causal_forcing.v1 import video_pb2 as pb
 
-from .aio import AsyncVideoClient, AsyncVideoSession
-from .events import Event, StreamOptions
+from .aio import AsyncVideoClient
+from .events import Event, SessionInfo, StreamOptions
+from .reconnect import AsyncReconnectingSession, Retry
+from .session import AsyncVideoSession
 
 T = TypeVar("T")
 
@@ -56,6 +59,42 @@ class VideoClient:
         finally:
             self._wait(context.__aexit__(None, None, None))
 
+    @contextmanager
+    def keep_streaming(self, options: StreamOptions, retry: Retry | None = None) -> Iterator[VideoSession]:
+        """Open a session that is followed by a new one whenever it is lost; leaving the block ends it."""
+        context = self._client.keep_streaming(options, retry)
+        session = self._wait(context.__aenter__())
+        try:
+            yield VideoSession(session, self)
+        finally:
+            self._wait(context.__aexit__(None, None, None))
+
+    @contextmanager
+    def generate(self, options: StreamOptions, duration_s: float) -> Iterator[Video]:
+        """Ask for a video of a given length, at its own pace and without acks; leaving the block ends it."""
+        context = self._client.generate(options, duration_s)
+        video = self._wait(context.__aenter__())
+        try:
+            yield Video(video, self)
+        finally:
+            self._wait(context.__aexit__(None, None, None))
+
+    def get_model(self) -> pb.GetModelResponse:
+        """Return which model runs and what sessions may ask for."""
+        return self._wait(self._client.get_model())
+
+    def get_session(self, session_id: str) -> SessionInfo:
+        """Return where one of the caller's sessions stands (any session, for an operator)."""
+        return self._wait(self._client.get_session(session_id))
+
+    def list_sessions(self) -> list[SessionInfo]:
+        """Return all sessions of the service; for operators."""
+        return self._wait(self._client.list_sessions())
+
+    def end_session(self, session_id: str) -> None:
+        """Have a session ended; for operators."""
+        self._wait(self._client.end_session(session_id))
+
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -65,11 +104,11 @@ class VideoClient:
             raise
 
 
-class VideoSession:
-    """One session: iterate over it for its events."""
+class Video:
+    """A video of a given length: iterate over it for its events."""
 
-    def __init__(self, session: AsyncVideoSession, client: VideoClient) -> None:
-        self._session = session
+    def __init__(self, events: AsyncIterator[Event], client: VideoClient) -> None:
+        self._events = events
         self._client = client
 
     def __iter__(self) -> Self:
@@ -80,6 +119,17 @@ class VideoSession:
         if event is None:
             raise StopIteration
         return event
+
+    async def _next(self) -> Event | None:
+        return await anext(self._events, None)
+
+
+class VideoSession(Video):
+    """One session: iterate over it for its events."""
+
+    def __init__(self, session: AsyncVideoSession | AsyncReconnectingSession, client: VideoClient) -> None:
+        super().__init__(session, client)
+        self._session = session
 
     def update_prompt(self, prompt: PromptUpdate | str) -> str:
         """Change the prompt; return the name that PromptApplied and frames will carry."""
@@ -100,6 +150,3 @@ class VideoSession:
     def end(self) -> None:
         """Ask for the end; the iteration goes on until the server's Ended."""
         self._client._wait(self._session.end())
-
-    async def _next(self) -> Event | None:
-        return await anext(self._session, None)

@@ -9,8 +9,6 @@ from google.rpc import error_details_pb2, status_pb2
 
 from protos.causal_forcing.v1 import video_pb2 as pb
 
-from .events import seconds
-
 RETRYABLE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED)
 """Codes of errors that may pass."""
 
@@ -83,7 +81,7 @@ class VideoServiceError(Exception):
         for detail in status.details:
             detail.Unpack(info)
             if detail.Unpack(retry):
-                retry_after_s = seconds(retry.retry_delay)
+                retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
         reason = reason or info.reason
         message, field = status.message.removeprefix(f"{reason}: "), info.metadata.get("field", "")
         return cls(code, message, reason=reason, retry_after_s=retry_after_s, field=field, error_id=error_id)

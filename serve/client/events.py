@@ -10,6 +10,8 @@ from google.protobuf.duration_pb2 import Duration
 from causal_forcing.prompts import Blend, PromptUpdate, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
 
+from .errors import VideoServiceError
+
 if TYPE_CHECKING:
     from serve.frames import Pixels
 
@@ -258,7 +260,7 @@ class Ended:
     """The session ended well.
 
     Attributes:
-        reason: ``CLIENT`` or ``MAX_DURATION``.
+        reason: ``CLIENT``, ``MAX_DURATION``, ``PAUSE_TIMEOUT`` or, of a video of a given length, ``COMPLETE``.
         chunk_count: Chunks sent.
         frame_count: Frames sent.
         byte_count: Bytes of frames sent.
@@ -289,7 +291,64 @@ class Moved:
     interruption_s: float
 
 
-Event = Queued | Started | PromptApplied | PromptRefused | Frame | Moved | FramesDropped | Ending | Ended
+@dataclass(frozen=True)
+class Reconnecting:
+    """The session was lost, and a new one is asked for after a while; only from ``keep_streaming``.
+
+    Attributes:
+        error: How it was lost.
+        attempt: Which new session in a row that did not bring a frame yet, from 1.
+        wait_s: The while.
+    """
+
+    error: VideoServiceError
+    attempt: int
+    wait_s: float
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """Where a session of the service stands (see the protocol's SessionStatus).
+
+    Attributes:
+        session_id: Its name.
+        tenant: Whose it is.
+        state: ``QUEUED``, ``RUNNING`` or ``PAUSED``.
+        sessions_ahead: While it waits: sessions that get a generator before it.
+        age_s: Since it came.
+        chunk_count: Chunks sent.
+        frame_count: Frames sent.
+        byte_count: Bytes of frames sent.
+        dropped_frame_count: Frames dropped.
+    """
+
+    session_id: str
+    tenant: str
+    state: str
+    sessions_ahead: int
+    age_s: float
+    chunk_count: int
+    frame_count: int
+    byte_count: int
+    dropped_frame_count: int
+
+    @classmethod
+    def from_proto(cls, status: pb.SessionStatus) -> SessionInfo:
+        """Return it from the protocol's message."""
+        return cls(
+            session_id=status.session_id,
+            tenant=status.tenant,
+            state=pb.SessionState.Name(status.state).removeprefix("SESSION_STATE_"),
+            sessions_ahead=status.sessions_ahead_count,
+            age_s=seconds(status.age),
+            chunk_count=status.chunk_count,
+            frame_count=status.frame_count,
+            byte_count=status.byte_count,
+            dropped_frame_count=status.dropped_frame_count,
+        )
+
+
+Event = Queued | Started | PromptApplied | PromptRefused | Frame | Moved | FramesDropped | Ending | Ended | Reconnecting
 """What a session yields."""
 
 

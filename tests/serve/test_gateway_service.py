@@ -21,7 +21,7 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
 from serve.access_config import LogConfig
 from serve.gateway_service import GatewayService
-from serve.inputs import StreamInput
+from serve.inputs import OneRequest, StreamInput
 from serve.logs import set_up
 from serve.messages import SessionView, Share
 from serve.moderation import Question, Verdict
@@ -72,6 +72,10 @@ class Servicer(video_pb2_grpc.VideoServiceServicer):
     async def StreamVideo(self, requests: Any, context: Any) -> AsyncIterator[pb.StreamVideoResponse]:  # noqa: N802
         async for message in self.service.serve(lambda config: StreamInput(requests, config), context):
             yield message
+
+    async def GenerateVideo(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateVideoResponse]:  # noqa: N802
+        async for message in self.service.serve(lambda config: OneRequest(request, config), context):
+            yield pb.GenerateVideoResponse(message=message)
 
 
 @dataclass
