@@ -190,14 +190,22 @@ class Lease:
         self._next_chunk = request.resume.point.chunk_index if request.resume is not None else 0
         self._credit_wait_s = 0.0
         self._reader: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[GeneratorSession] | None = None
         self._job: asyncio.Task[Any] | None = None
         self.error: BaseException | None = None
 
+    def begin(self) -> None:
+        """Start to read the mailbox and to open the session; :meth:`events` goes on from there."""
+        self._reader = detached(self._read())
+        self._opening = detached(self._on_device(self._open))
+
     async def events(self) -> AsyncGenerator[LeaseEvent]:
         """Yield chunks as credit allows, then how it ended."""
-        self._reader = detached(self._read())
+        if self._opening is None:
+            self.begin()
+        assert self._opening is not None
         try:
-            session = await self._on_device(self._open)
+            session = await asyncio.shield(self._opening)
             while (chunk := await self._generate(session)) is not None:
                 yield chunk
         except Exception as error:  # noqa: BLE001  (the device loop: whatever happened, the gateway is told)
@@ -211,6 +219,8 @@ class Lease:
         self._controls.stop.set()
         if self._reader is not None:
             self._reader.cancel()
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
         if self._job is not None:
             await asyncio.wait([self._job])
             self.error = self.error or self._job.exception()
@@ -335,6 +345,7 @@ class GeneratorService:
         lease = Lease(request, self._engine, self._worker, self._first_chunk_s, self._meter)
         self._meter.leased()
         try:
+            lease.begin()  # while admission is told
             await self._reporter.add(request.session_id)
             yield LeaseStarted(self._replica_id, os.getpid(), self._node_id)
             async with contextlib.aclosing(lease.events()) as events:

@@ -395,6 +395,45 @@ async def test_a_lease_is_reported_before_it_says_who_serves_it_and_after_it_end
     service.require_healthy()
 
 
+async def test_a_session_is_opened_and_its_prompt_read_while_admission_is_told() -> None:
+    bench = Bench()
+    service, reports = service_of(bench)
+    is_told = asyncio.Event()
+
+    async def add(session_id: str) -> None:
+        await is_told.wait()
+
+    reports.add = add  # type: ignore[method-assign]
+    bench.prompt("a")
+    async with aclosing(service.lease(bench.request)) as events:
+        started = await bench.nothing_comes(events)
+        assert bench.room.unread(for_s=0.0) == [], "its log is read"
+        is_told.set()
+        assert await started == LeaseStarted("g1")
+        await bench.next_chunk(events)
+        reports.held.append("s")
+
+
+async def test_a_lease_that_is_cancelled_while_admission_is_told_reads_nothing_more() -> None:
+    bench = Bench()
+    service, reports = service_of(bench)
+    entered = asyncio.Event()
+
+    async def add(session_id: str) -> None:
+        reports.held.append(session_id)
+        entered.set()
+        await asyncio.Event().wait()
+
+    reports.add = add  # type: ignore[method-assign]
+    first = asyncio.ensure_future(anext(service.lease(bench.request)))
+    await entered.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert reports.held == []
+    assert bench.room.unread(for_s=0.0) == ["s"], "nobody reads its log any more"
+
+
 async def test_an_abandoned_lease_frees_its_place() -> None:
     bench = Bench()
     service, reports = service_of(bench)
