@@ -54,6 +54,8 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "demo": Command("serve.commands.demo", "run the whole service once on this machine and write a video"),
         "serve": Command("serve.commands.serve", "run the service until Ctrl-C"),
         "stream": Command("serve.commands.stream", "receive a video from a running service"),
+        "sessions": Command("serve.commands.sessions", "see and end the sessions of a running service"),
+        "status": Command("serve.commands.status", "say whether a service is well, what it runs, and who waits"),
         "config": Command(
             "serve.commands.config", "check or show a service's configuration, or make a cluster's of it"
         ),

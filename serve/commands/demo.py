@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from causal_forcing.script import ScriptLine, build_update, parse_prompt
-from serve.client import StreamOptions
+from serve.client import StreamOptions, VideoClient
 from serve.commands.running import add_service_arguments, ends_in_order, read_service
 from serve.commands.stream import EXIT_INTERRUPTED, view
 from serve.commands.viewing import Viewer
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             with local_service(config, verbose=args.verbose) as service:
                 _say(f"ready on {service.address} after {time.perf_counter() - start:.1f} s; streaming ...")
                 status = view(
-                    service.address,
+                    VideoClient(service.address),
                     StreamOptions(prompt=first, seed=SEED, pacing="as_fast_as_possible"),
                     viewer,
                     args.output,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from causal_forcing.errors import InvalidRequest
@@ -12,18 +11,18 @@ from causal_forcing.prompts import SwitchPolicy
 from causal_forcing.script import ScriptLine, build_update, parse_duration, parse_prompt, read_script
 from serve.client import StreamOptions, VideoClient, VideoServiceError
 from serve.client.events import PACINGS, STILL_CODECS
+from serve.commands.connecting import add_connection_arguments, connect, failed
 from serve.commands.viewing import Viewer
 
 DEFAULT_SECONDS = 5.0
 """Length of a video, or of what follows the last line of a script, when none is asked for."""
 
-EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `stream`."""
-    parser.add_argument("--server", default="127.0.0.1:9000", metavar="HOST:PORT", help="(default 127.0.0.1:9000)")
+    add_connection_arguments(parser)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", action="append", metavar="TEXT[::WEIGHT]", help="what to show; several are blended")
     text.add_argument("--script", type=Path, help="file of timed prompts: lines such as `8s it starts to snow`")
@@ -47,12 +46,12 @@ def run(args: argparse.Namespace) -> int:
     lines = _lines(args)
     options = stream_options(args, lines[0])
     viewer = Viewer(lines[1:], _max_frames(args.seconds, lines), quiet=args.quiet)
-    status = view(args.server, options, viewer, args.output)
+    status = view(connect(args), options, viewer, args.output)
     print(viewer.measured.summary())
     return status
 
 
-def view(server: str, options: StreamOptions, viewer: Viewer, output: Path | None) -> int:
+def view(client: VideoClient, options: StreamOptions, viewer: Viewer, output: Path | None) -> int:
     """Run one session and write its frames to a file, if one is given; return an exit status.
 
     What has come before a failure or an interrupt is kept.
@@ -61,12 +60,12 @@ def view(server: str, options: StreamOptions, viewer: Viewer, output: Path | Non
         InvalidRequest: If nothing can be written there.
     """
     if output is None:
-        return _watch(server, options, viewer)
+        return _watch(client, options, viewer)
     from causal_forcing.media import open_writer
 
     writer = viewer.sink = open_writer(output)
     try:
-        status = _watch(server, options, viewer)
+        status = _watch(client, options, viewer)
     except BaseException:
         writer.discard()
         raise
@@ -77,13 +76,12 @@ def view(server: str, options: StreamOptions, viewer: Viewer, output: Path | Non
     return status
 
 
-def _watch(server: str, options: StreamOptions, viewer: Viewer) -> int:
+def _watch(client: VideoClient, options: StreamOptions, viewer: Viewer) -> int:
     try:
-        with VideoClient(server) as client, client.stream(options) as session:
+        with client, client.stream(options) as session:
             viewer.watch(session)
     except VideoServiceError as error:
-        print(f"causal-forcing: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return failed("stream", error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0

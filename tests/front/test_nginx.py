@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
+from causal_forcing.cli import main
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
 from serve.local import free_port
@@ -106,3 +107,12 @@ async def test_mutual_tls_refuses_a_client_without_a_certificate(certs: Path, tm
         with front(gateway.port, certs, tmp_path, "on") as address, pytest.raises(grpc.aio.AioRpcError):
             await play(address, credentials(certs), chunks=1)
     assert gateway.service.session_count == 0
+
+
+async def test_the_commands_trust_the_authority_that_they_are_given(certs: Path, tmp_path: Path) -> None:
+    async with running(peers="any") as gateway:
+        with front(gateway.port, certs, tmp_path, "off") as address:
+            await play(address, credentials(certs), chunks=1)  # returns when nginx is there
+            options = ["--server", address, "--prompt", "a fox", "--seconds", "0.2"]
+            assert await asyncio.to_thread(main, ["stream", *options, "--tls-ca", str(certs / "tls.crt")]) == 0
+            assert await asyncio.to_thread(main, ["stream", *options, "--tls"]) == 1
