@@ -12,6 +12,9 @@ from .sinks import NoSink, Sink, label_sets
 _OUTCOMES: Mapping[str, str] = {"RESOURCE_EXHAUSTED": "refused", "UNAVAILABLE": "failed", "INTERNAL": "failed"}
 """Outcome of a call by the code it failed with; any other is the client's own doing."""
 
+_DRAINING = "REPLICA_DRAINING"
+"""Reason of calls that are sent to another gateway, or to a newer version, before they begin."""
+
 
 class Recorder:
     """Records events of one process. Calls come from any of its threads."""
@@ -69,7 +72,8 @@ class Recorder:
             reason: Stable reason of the error.
             started: Whether the session had got a generator.
         """
-        self._sink.add(metrics.SESSIONS_FINISHED, 1, _OUTCOMES.get(code, "client"))
+        outcome = "refused" if reason == _DRAINING else _OUTCOMES.get(code, "client")
+        self._sink.add(metrics.SESSIONS_FINISHED, 1, outcome)
         self._sink.add(metrics.SESSION_ERRORS, 1, reason)
         if not started:
             self._sink.add(metrics.SESSION_REJECTS, 1, reason)

@@ -228,3 +228,20 @@ async def test_a_move_is_counted_with_its_interruption() -> None:
     call.tells(session_moved=moved)
     assert call.count("session_moves_total") == 1
     assert call.sink.observed["session_interruption_seconds",] == [1.5]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "outcome"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "REPLICA_DRAINING", "refused"),
+        (grpc.StatusCode.UNAVAILABLE, "DEVICE_FAULT", "failed"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_SESSION_SLOT", "refused"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PROMPT", "client"),
+    ],
+)
+async def test_an_error_is_counted_by_whose_it_is(code: grpc.StatusCode, reason: str, outcome: str) -> None:
+    call = Call()
+    await config(call)
+    call.tells(error=pb.Error(status={"code": code.value[0]}, reason=reason))
+    assert call.count("sessions_finished_total", outcome) == 1
+    assert call.count("session_errors_total", reason) == call.count("session_rejects_total", reason) == 1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from serve.metrics import ALL, Kind, MemorySink, Metric, Place, PrometheusSink, Recorder
-from serve.metrics.__main__ import DOCUMENT
-from serve.metrics.document import render
+from serve.metrics.__main__ import files
 
 
 @pytest.mark.parametrize("metric", ALL.values(), ids=lambda metric: metric.name)
@@ -25,8 +25,9 @@ def test_names_types_and_labels_follow_the_conventions(metric: Metric) -> None:
     assert set(metric.labels) <= {"state", "outcome", "reason", "stage", "part", "cache", "phase", "kind", "currency"}
 
 
-def test_the_page_is_current() -> None:
-    assert DOCUMENT.read_text() == render(), "run: python -m serve.metrics"
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.name)
+def test_what_is_made_of_the_table_is_current(path: Path) -> None:
+    assert path.read_text() == files()[path], "run: python -m serve.metrics"
 
 
 def test_the_same_definitions_go_through_prometheus_client() -> None:
