@@ -21,8 +21,8 @@ from causal_forcing.errors import (
     OutOfMemory,
     SessionStateError,
 )
-from serve.errors import ClientGone, NotAllowed, Unavailable
-from serve.status import GATEWAY_LOST, FailedElsewhere, Failure, failure_of
+from serve.errors import ClientGone, EndedByOperator, NoSuchSession, NotAllowed, Unauthenticated, Unavailable
+from serve.status import _CODES, GATEWAY_LOST, FailedElsewhere, Failure, failure_of
 
 SECRET = "Traceback: /home/operator/secret.py said 'a private prompt'"
 
@@ -30,11 +30,22 @@ TABLE = [
     (InvalidRequest("height", 7, "must be 64"), "INVALID_ARGUMENT", "INVALID_REQUEST", False),
     (InvalidRequest("p", "", "must be text", reason="INVALID_PROMPT"), "INVALID_ARGUMENT", "INVALID_PROMPT", False),
     (SessionStateError("no", reason="CONFIG_NOT_FIRST"), "FAILED_PRECONDITION", "CONFIG_NOT_FIRST", False),
+    (SessionStateError("no", reason="CONFIG_REPEATED"), "FAILED_PRECONDITION", "CONFIG_REPEATED", False),
+    (SessionStateError("over", reason="SESSION_ENDED"), "FAILED_PRECONDITION", "SESSION_ENDED", False),
+    (NoCapacity("a limit", reason="QUOTA_EXCEEDED"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED", True),
     (NoCapacity("full"), "RESOURCE_EXHAUSTED", "NO_SESSION_SLOT", True),
     (BackPressureError(num_queued_requests=3, max_queued_requests=2), "RESOURCE_EXHAUSTED", "NO_SESSION_SLOT", True),
     (ClientGone("silent"), "ABORTED", "CLIENT_SILENT", True),
     (ClientGone("slow", reason="CLIENT_TOO_SLOW"), "ABORTED", "CLIENT_TOO_SLOW", True),
+    (EndedByOperator("ended"), "ABORTED", "SESSION_ENDED_BY_OPERATOR", False),
+    (NoSuchSession("gone"), "NOT_FOUND", "NO_SUCH_SESSION", False),
+    (Unauthenticated("who?"), "UNAUTHENTICATED", "BAD_CREDENTIALS", False),
     (NotAllowed("no"), "PERMISSION_DENIED", "REMOTE_PEER", False),
+    (NotAllowed("no", reason="NOT_SESSION_OWNER"), "PERMISSION_DENIED", "NOT_SESSION_OWNER", False),
+    (NotAllowed("no", reason="NOT_OPERATOR"), "PERMISSION_DENIED", "NOT_OPERATOR", False),
+    (NotAllowed("no", reason="TENANT_BANNED"), "PERMISSION_DENIED", "TENANT_BANNED", False),
+    (Unavailable("leaving", reason="REPLICA_DRAINING"), "UNAVAILABLE", "REPLICA_DRAINING", True),
+    (Unavailable("died", reason="GATEWAY_LOST"), "UNAVAILABLE", "GATEWAY_LOST", True),
     (Unavailable("gone", reason="DECODER_LOST"), "UNAVAILABLE", "DECODER_LOST", True),
     (ActorDiedError(), "UNAVAILABLE", "REPLICA_LOST", True),
     (DeviceFault("cuda"), "UNAVAILABLE", "DEVICE_FAULT", True),
@@ -53,6 +64,10 @@ def test_every_error_has_its_code_and_reason(error: BaseException, code: str, re
     assert (failure.retry_after_s is not None) == retry
     assert failure.details.startswith(f"{reason}: ")
     assert failure.error_id
+
+
+def test_no_kind_of_error_is_left_out() -> None:
+    assert {type(error) for error, *_ in TABLE} >= set(_CODES)
 
 
 def test_an_unexpected_error_shows_only_an_id_that_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
