@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .desk import AdmissionDesk
 from .errors import Unavailable
+from .logs import bound
 from .messages import (
     Claim,
     CloseDecoder,
@@ -216,8 +217,11 @@ class RayBackends:
 
     async def encode(self, text: str) -> PackedEmbedding:
         """Return a prompt's embedding."""
+        whose = bound().get("session_id", "")
         answer: PackedEmbedding | Failure = await _insist(
-            lambda _: self._text_encoder.encode.remote(text, self._model), "the text encoder", "TEXT_ENCODER_LOST"
+            lambda _: self._text_encoder.encode.remote(text, self._model, whose),
+            "the text encoder",
+            "TEXT_ENCODER_LOST",
         )
         if isinstance(answer, Failure):
             raise FailedElsewhere(answer)

@@ -30,7 +30,7 @@ from .detached import detached
 from .device import StepClock, end_process, run_within
 from .engines import GeneratorEngine, GeneratorSession, load_generator
 from .errors import Unavailable
-from .logs import LOGGER
+from .logs import LOGGER, bind, set_up
 from .messages import (
     Control,
     Credit,
@@ -339,6 +339,7 @@ class GeneratorService:
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         """Run one session: who serves it, its chunks, how it ended. The call is the lease."""
+        bind(session_id=request.session_id)
         if self._fault is not None:
             yield LeaseEnded(failure_of(DeviceFault(f"this replica is being replaced after {self._fault}")))
             return
@@ -367,6 +368,7 @@ class GeneratorService:
 
     async def _end(self, lease: Lease, session_id: str) -> None:
         """Free the place; after a device fault there are no places until Serve has replaced this replica."""
+        bind(session_id=session_id)  # this task is detached, and so are its context's variables
         await lease.close()
         self._meter.freed(session_id)
         await self._judge(lease)
@@ -387,6 +389,7 @@ class Generator:
     """A Serve replica that holds the transformer."""
 
     async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        set_up(config.logs)
         worker = ThreadPoolExecutor(1, thread_name_prefix="device")
         recorder = replica_recorder(Place.GENERATOR)
         meter = GeneratorMeter(recorder)

@@ -487,12 +487,14 @@ class EncodeImage:
         height: Pixel rows of the session.
         width: Pixel columns of the session.
         model: The gateway's.
+        session_id: Whose image it is, for the log.
     """
 
     data: bytes
     height: int
     width: int
     model: str = ""
+    session_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,8 @@ class LiveSession:
     async def _hand_on(self, request: SessionRequest) -> pb.EndReason:
         """Have the start image and the prompts encoded, and hand them to the generator."""
         if request.start_image:
-            image = EncodeImage(request.start_image, request.config.height, request.config.width)
+            size = (request.config.height, request.config.width)
+            image = EncodeImage(request.start_image, *size, session_id=self._session_id)
             await self._line.put(StartFrom(await self._backends.encode_image(image)))
         await self._feed.run()
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from ray import serve
 
-from causal_forcing.errors import CausalForcingError
-
+from . import logs
 from .config import ServiceConfig
 from .engines import load_text
 from .messages import PackedEmbedding
@@ -25,6 +24,7 @@ class TextEncoder:
     """A Serve replica that holds the text encoder."""
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.set_up(config.logs)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
         loop = asyncio.get_running_loop()
         self._model = config.model_key
@@ -35,12 +35,23 @@ class TextEncoder:
         batching.set_max_batch_size(config.text_encoder.max_batch)
         batching.set_batch_wait_timeout_s(config.text_encoder.batch_wait_s)
 
-    async def encode(self, text: str, model: str) -> PackedEmbedding | Failure:
-        """Return a text's embedding, or why there is none; ``model`` is the gateway's."""
-        return refusal(model, self._model) or await self.encode_batch(text)
+    async def encode(self, text: str, model: str, session_id: str = "") -> PackedEmbedding | Failure:
+        """Return a text's embedding, or why there is none.
+
+        Args:
+            text: The prompt.
+            model: The gateway's.
+            session_id: Whose prompt it is, for the log.
+        """
+        logs.bind(session_id=session_id)
+        refused = refusal(model, self._model)
+        if refused is not None:
+            return refused
+        encoded = await self.encode_batch(text)
+        return failure_of(encoded) if isinstance(encoded, Exception) else encoded
 
     @serve.batch
-    async def encode_batch(self, texts: list[str]) -> list[PackedEmbedding | Failure]:
+    async def encode_batch(self, texts: list[str]) -> list[PackedEmbedding | Exception]:
         """Return one embedding per text; Serve calls it with the texts of several callers."""
         start = time.perf_counter()
         encoded = await asyncio.get_running_loop().run_in_executor(self._worker, self._encode_all, texts)
@@ -48,11 +59,11 @@ class TextEncoder:
         self._recorder.cache("text", self._engine.cached_bytes)
         return encoded
 
-    def _encode_all(self, texts: Sequence[str]) -> list[PackedEmbedding | Failure]:
+    def _encode_all(self, texts: Sequence[str]) -> list[PackedEmbedding | Exception]:
         """Encode a batch; a text that cannot be encoded fails alone."""
         try:
             return list(self._engine.encode(texts))
-        except CausalForcingError as error:
+        except Exception as error:  # noqa: BLE001  (Serve would log its text, which may hold a prompt)
             if len(texts) == 1:
-                return [failure_of(error)]
+                return [error]
             return [self._encode_all([text])[0] for text in texts]

@@ -17,8 +17,7 @@ from typing import TypeVar
 
 from ray import serve
 
-from causal_forcing.errors import InvalidRequest
-
+from . import logs
 from .config import ServiceConfig
 from .engines import DecoderEngine, DecoderStream, load_decoder
 from .frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
@@ -236,6 +235,7 @@ class VaeDecoder:
     """A Serve replica that holds the VAE."""
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.set_up(config.logs)
         device = ThreadPoolExecutor(1, thread_name_prefix="device")
         recorder = replica_recorder(Place.DECODER)
         engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config, recorder)
@@ -246,13 +246,18 @@ class VaeDecoder:
 
     async def decode(self, request: DecodeRequest) -> Decoded | Failure:
         """Return a chunk's encoded frames, or NEED_PRIME, or why there are none."""
-        return refusal(request.model, self._model) or await self._service.decode(request)
+        logs.bind(session_id=request.session_id)
+        try:
+            return refusal(request.model, self._model) or await self._service.decode(request)
+        except Exception as error:  # noqa: BLE001  (the gateway is told, and the log has the session)
+            return failure_of(error)
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor | Failure:
         """Return the latents of a start image, or why there are none."""
+        logs.bind(session_id=request.session_id)
         try:
             return refusal(request.model, self._model) or await self._service.encode_image(request)
-        except InvalidRequest as error:
+        except Exception as error:  # noqa: BLE001  (the gateway is told, and the log has the session)
             return failure_of(error)
 
     async def close(self, request: CloseDecoder) -> None:
