@@ -1,0 +1,166 @@
+"""The demo's rendered configuration on a real cluster of several nodes: streamed from, scaled, rolled, drained."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve.client import AsyncVideoClient, AsyncVideoSession, Frame, Started, StreamOptions
+from serve.local import ENVIRONMENT, free_port
+from serve.serve_config import to_yaml
+from tests.k8s.conftest import ROOT, of_kind, rendered
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+
+PATIENCE_S = 120.0
+
+
+class Deployed:
+    """A cluster with one node a pool, two of the generators' pool, and the demo on it."""
+
+    def __init__(self, folder: Path) -> None:
+        (service,) = of_kind(rendered("overlays/cpu-demo"), "RayService")
+        self.values = yaml.safe_load(service["spec"]["serveConfigV2"])
+        self._groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        self._folder = folder
+        self._dashboard = free_port()
+        self.grpc_port = free_port()
+        self.values["grpc_options"]["port"] = self.grpc_port
+        self.values["http_options"]["port"] = free_port()
+        self._environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+        os.environ.update({**ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+
+    def start(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        memory = 128 << 20
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": self._dashboard}
+        head["dashboard_agent_listen_port"] = free_port()
+        self.cluster = Cluster(initialize_head=True, head_node_args={**head, "object_store_memory": memory})
+        self.nodes: dict[str, list[str]] = {}
+        for group in self._groups:
+            resources = {name: float(value) for name, value in group["resources"].items()}
+            cpus = int(resources.pop("CPU"))
+            for _ in range(2 if group["groupName"] == "generator" else 1):
+                node = self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=memory, wait=False)
+                self.nodes.setdefault(group["groupName"], []).append(node.node_id)
+        self.cluster.wait_for_nodes(timeout=60)
+
+    def deploy(self) -> None:
+        path = self._folder / "serve.yaml"
+        path.write_text(to_yaml(self.values))
+        serve = Path(sys.executable).with_name("serve")
+        dashboard = f"http://127.0.0.1:{self._dashboard}"
+        command = [str(serve), "deploy", "--address", dashboard, str(path)]
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def actors(self, deployment: str) -> list[Any]:
+        """Return the live replicas of a deployment."""
+        from ray.util.state import list_actors
+
+        found = list_actors(address=self.cluster.address, filters=[("state", "=", "ALIVE")], limit=1000)
+        return [one for one in found if one.class_name == f"ServeReplica:causal-forcing:{deployment}"]
+
+    def drain(self, node_id: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "causal_forcing.cli", "drain", "--timeout", "240"]
+        command += ["--node-id", node_id, "--address", self.cluster.address]
+        return subprocess.Popen(command, env=self._environment, text=True, stdout=subprocess.PIPE)
+
+    @asynccontextmanager
+    async def session(self, **options: Any) -> Any:
+        chosen = {"seed": 1, "pacing": "realtime", **options}
+        address = f"127.0.0.1:{self.grpc_port}"
+        async with AsyncVideoClient(address) as client, client.stream(StreamOptions("a red circle", **chosen)) as one:
+            yield one
+
+
+async def chunks(session: AsyncVideoSession, count: int) -> Started | None:
+    """Read until so many more chunks are complete; return how the session started, if it did meanwhile."""
+    started = None
+    async with asyncio.timeout(PATIENCE_S):
+        async for event in session:
+            if isinstance(event, Started):
+                started = event
+            if isinstance(event, Frame) and event.last_in_chunk:
+                count -= 1
+                if count == 0:
+                    return started
+    pytest.fail("the session ended")
+
+
+async def until(ask: Any, what: str) -> None:
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while not await asyncio.to_thread(ask):  # noqa: ASYNC110  (another process has no event for us)
+                await asyncio.sleep(0.5)
+    except TimeoutError:
+        pytest.fail(f"not in {PATIENCE_S:g} s: {what}")
+
+
+async def reading(session: AsyncVideoSession, until_done: asyncio.Event) -> int:
+    """Read frames until told to stop; return how many chunks came."""
+    count = 0
+    while not until_done.is_set():
+        await chunks(session, 1)
+        count += 1
+    return count
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Iterator[Deployed]:
+    one = Deployed(tmp_path)
+    try:
+        one.start()
+        yield one
+    finally:
+        one.cluster.shutdown()
+
+
+async def test_the_demo_is_deployed_streamed_scaled_rolled_and_drained(deployed: Deployed) -> None:
+    deployed.deploy()
+    await until(lambda: deployed.actors("Gateway") and deployed.actors("Generator"), "the first replicas")
+
+    async with deployed.session() as second:
+        # Up: a second session gets a second generator, on the pool's other node.
+        async with deployed.session() as first:
+            started = await chunks(first, 3)
+            assert started is not None
+            assert started.config.credit_chunks == 2
+            await chunks(second, 3)
+            homes = {one.node_id for one in deployed.actors("Generator")}
+            assert homes == set(deployed.nodes["generator"])
+        # Down: the generator of the first session, which is what Serve would stop, goes; the second goes on.
+        done = asyncio.Event()
+        reader = asyncio.create_task(reading(second, done))
+        await until(lambda: len(deployed.actors("Generator")) == 1, "one generator is stopped")
+        # A new version, while the second session streams.
+        deployed.values["applications"][0]["args"]["limits"]["default_credit_chunks"] = 3
+        deployed.deploy()
+        async with deployed.session() as third:
+            await chunks(third, 3)
+            done.set()
+            assert await reader > 0
+            await chunks(second, 3)  # the old version's session goes on beside the new one's
+
+    await until(lambda: len(deployed.actors("Generator")) == 1, "the old version has gone")
+    async with deployed.session() as last:
+        started = await chunks(last, 3)
+        assert started is not None
+        assert started.config.credit_chunks == 3
+        (generator,) = deployed.actors("Generator")
+        drain = deployed.drain(generator.node_id)
+        await until(lambda: any(o.node_id != generator.node_id for o in deployed.actors("Generator")), "a replacement")
+        await chunks(last, 8)
+        assert drain.poll() is None, "the drain did not wait for the session"
+    output, _ = await asyncio.to_thread(drain.communicate, timeout=PATIENCE_S)
+    assert (drain.returncode, output.strip()) == (0, "every replica has ended")
