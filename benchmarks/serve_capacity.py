@@ -73,7 +73,7 @@ async def measure(address: str, arguments: argparse.Namespace) -> dict[str, list
     """Run all loads, smallest first."""
     await load(address, sessions=2, chunks=8)
     runs: dict[str, list[dict[str, Any]]] = {}
-    counts = [n for n in (1, 2, 4, 8, 12, 16) if n <= arguments.replicas]
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= arguments.replicas]
     for pacing in ("paced", "fast"):
         runs[pacing] = []
         for sessions in counts:

@@ -22,6 +22,7 @@ from .config import ServiceConfig
 from .directory import Directory
 from .messages import GeneratorDemand, Place, Progress, SessionView, Ticket
 from .metrics import SILENT, RaySink, Recorder
+from .pools import in_pool
 from .rates import TenantRates
 from .usage import UsageRecord, UsageWriter
 
@@ -211,13 +212,15 @@ def connect(name: str, config: ServiceConfig) -> Any:  # noqa: ANN401  (ray's ha
     """Return the admission actor of that name, started if there is none.
 
     It lives until nobody has used it for two minutes; a name therefore stands for one version of the application, so
-    that an update never meets its predecessor's book.
+    that an update never meets its predecessor's book. It runs beside the gateways, whose nodes are not taken away while
+    there are any, as those of generators without sessions are.
     """
     actor: Any = ray.remote(_AdmissionActor)
     recorder = Recorder(RaySink({"application": NAMESPACE, "deployment": "Admission", "replica": name}))
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    where = in_pool(config.placement.gateway)
     told = (config.limits.max_queued_sessions, config.preset, config.usage, recorder)
-    return actor.options(**named, num_cpus=0, max_concurrency=10_000, max_restarts=-1).remote(*told)
+    return actor.options(**named, resources=where, num_cpus=0, max_concurrency=10_000, max_restarts=-1).remote(*told)
 
 
 def find(name: str) -> Any:  # noqa: ANN401  (ray's handles are untyped)

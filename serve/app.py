@@ -18,6 +18,7 @@ from causal_forcing.version import __version__
 from .config import CallScaling, GatewayScaling, Scaled, ServiceConfig, WorkerConfig
 from .gateway import Gateway
 from .generator import Generator
+from .pools import in_pool
 from .router import PreferredReplicaRouter
 from .text_encoder import TextEncoder
 from .vae_decoder import VaeDecoder
@@ -33,9 +34,6 @@ DRAIN_MARGIN_S = 60.0
 
 SPARE_CALLS = 50
 """Calls that a gateway takes beyond its sessions, to refuse them itself and at once."""
-
-POOL_SHARE = 0.001
-"""What a replica takes of its pool's resource: next to nothing, for it only says where to run."""
 
 LOOK_BACK_S = 15.0
 """Time over which Serve averages calls under way; replicas and handles report them every 10 s."""
@@ -105,16 +103,11 @@ def admission_name(config: ServiceConfig) -> str:
     return f"admission-{version}"
 
 
-def pool_resource(pool: str) -> str:
-    """Return Ray's name of the custom resource that the nodes of a pool have."""
-    return f"pool-{pool}"
-
-
 def _in_pool(deployment: Any, pool: str | None) -> Any:  # noqa: ANN401  (ray's deployments are untyped)
     """Return a deployment whose replicas run on the nodes of a pool only."""
     if pool is None:
         return deployment
-    options = {**deployment.ray_actor_options, "resources": {pool_resource(pool): POOL_SHARE}}
+    options = {**deployment.ray_actor_options, "resources": in_pool(pool)}
     return deployment.options(ray_actor_options=options)
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from causal_forcing.errors import InvalidRequest
 
-from .app import DRAIN_MARGIN_S, pool_resource
+from .app import DRAIN_MARGIN_S
 from .config import PoolName, ServiceConfig
 from .packing import Amount, Replicas, full_nodes, nodes_needed
 from .pods import (
@@ -28,6 +28,7 @@ from .pods import (
     job,
     pod_template,
 )
+from .pools import pool_resource
 from .section import Section
 from .serve_config import deployments, serve_config, to_yaml
 from .sizing import GIB, Footprint, decode_tflops, footprints

@@ -15,6 +15,7 @@ from causal_forcing.errors import InvalidRequest
 
 from .config import ServiceConfig
 from .errors import Unavailable
+from .pools import pool_resource
 
 OBJECT_STORE_BYTES = 256 << 20
 """Shared memory for what travels between processes: a few chunks a session."""
@@ -81,8 +82,6 @@ def local_service(config: ServiceConfig, *, verbose: bool = False) -> Iterator[L
 def _start_ray(config: ServiceConfig, metrics_port: int, *, verbose: bool) -> None:
     """Start a cluster of our own; Ray gives a busy machine half a minute, so a second try often helps."""
     import ray
-
-    from .app import pool_resource
 
     on_terminate = signal.getsignal(signal.SIGTERM)
     for attempts_left in (1, 0):

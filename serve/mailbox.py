@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from causal_forcing.errors import NoCapacity, SessionStateError
 
@@ -177,10 +178,14 @@ class _MailboxActor:
 
 
 def start_mailbox(max_sessions: int) -> Any:  # noqa: ANN401  (ray's handles are untyped)
-    """Return the handle of a new mailbox actor that lives as long as the calling process.
+    """Return the handle of a new mailbox actor that lives as long as the calling process, on the same node.
+
+    On another node it would be a needless hop away, and its sessions would end with that node as well: one without
+    generators that are in use may be taken away at any time.
 
     Args:
         max_sessions: Most sessions the gateway carries; each has one waiting poll, or two just after a generator died.
     """
     actor: Any = ray.remote(_MailboxActor)
-    return actor.options(num_cpus=0, max_concurrency=2 * max_sessions + SPARE_CALLS).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(scheduling_strategy=here, num_cpus=0, max_concurrency=2 * max_sessions + SPARE_CALLS).remote()

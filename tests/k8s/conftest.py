@@ -43,6 +43,13 @@ def of_kind(manifests: tuple[Manifest, ...], *kinds: str) -> list[Manifest]:
     return [manifest for manifest in manifests if manifest["kind"] in kinds]
 
 
+def containers(service: Manifest) -> list[Manifest]:
+    """Return Ray's container of every pod of a RayService, the head's first."""
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"]["containers"][0] for group in groups]
+
+
 def name_of(manifest: Manifest) -> str:
     """Return what to call a manifest in a failure."""
     return f"{manifest['kind']} {manifest['metadata']['name']}"

@@ -7,8 +7,9 @@ import yaml
 
 from serve.config import ServiceConfig, load_config, load_section
 from serve.kuberay import REPLACE_S, ClusterConfig, drain_seconds, manifests
+from serve.local import ENVIRONMENT
 from serve.serve_config import serve_config
-from tests.k8s.conftest import OVERLAYS, ROOT, of_kind, rendered
+from tests.k8s.conftest import OVERLAYS, ROOT, containers, of_kind, rendered
 
 GENERATED = [name for name in OVERLAYS if (ROOT / "k8s/overlays" / name / "cluster.yaml").exists()]
 
@@ -39,3 +40,13 @@ def test_serve_gets_our_configuration_and_every_grace_time_follows_from_it(overl
         (leave,) = [c["lifecycle"]["preStop"]["exec"]["command"][-1] for c in pod["containers"]]
         assert f"drain --timeout {drain_s + REPLACE_S};" in leave
         assert pod["terminationGracePeriodSeconds"] > drain_s + REPLACE_S
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_has_what_a_local_service_gives_to_rays_processes(overlay: str) -> None:
+    (service,) = of_kind(rendered(f"overlays/{overlay}"), "RayService")
+    for container in containers(service):
+        given = {one["name"]: one["value"] for one in container["env"]}
+        own = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_SERVE_LOG_TO_STDERR"}
+        assert own.items() <= given.items()
+        assert int(given["RAY_max_direct_call_object_size"]) > 600_000, "a chunk's latents would take the object store"
