@@ -3,7 +3,9 @@
     python -m causal_forcing.training.ar
 
 Every frame is denoised from the clean frames before it (Causal Forcing's first stage), with several noise draws per
-clean clip. The text encoder is trained along. With ``--bidirectional`` the same budget trains a teacher whose frames
+clean clip. What an object looks like is decided in a clip's first frame alone, which is one frame in sixteen, so a
+batch of first frames by themselves is added to every step. The text encoder is trained along.
+With ``--bidirectional`` the same budget trains a teacher whose frames
 see each other both ways, for the comparison with Self-Forcing's initialisation. Writes ``<root>/ar`` (or
 ``<root>/bidirectional``).
 
@@ -48,10 +50,37 @@ CLIPS, GPU_CLIPS = 4, 48
 WORDINGS, GPU_WORDINGS = 4, 8
 """Captions of each scene."""
 DRAWS = 3
+BEGINNINGS, GPU_BEGINNINGS = 16, 384
+"""First frames of a step, beside its clips; each is drawn :data:`BEGINNING_DRAWS` times."""
+BEGINNING_DRAWS = 4
 COMPILE_LIMIT_S = 60
 """Longest wait for the compiler."""
 CONTEXT_NOISE = 0.2
 """Most noise mixed into the clean context, so that the model forgives its own small errors."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass computes on.
+
+    Attributes:
+        clean: ``[B, 16, F, h, w]`` normalised latents.
+        ids: ``[B * P, L]`` int64, tokens of each clip's captions.
+        of_frame: ``[B, F]`` int64: which of them each frame has.
+        layout: Of the pass.
+        block_pass: See :func:`~causal_forcing.training.teacher_forcing.predict`.
+    """
+
+    clean: Tensor
+    ids: Tensor
+    of_frame: Tensor
+    layout: Layout
+    block_pass: BlockPass | None = None
+
+    def prompts(self, generator: Generator) -> Prompts:
+        """Return the captions' embeddings, ``[B, P, text_len, text_dim]``, with gradients."""
+        embeds = generator.embed(self.ids)
+        return Prompts(embeds.view(len(self.clean), -1, *embeds.shape[1:]), self.of_frame)
 
 
 @dataclass(frozen=True)
@@ -62,6 +91,7 @@ class Data:
         values: ``[N, 16, F, h, w]`` normalised latents.
         wordings: Captions of each clip.
         clips: Clips of a step.
+        beginnings: First frames of a step.
         device: What computes.
         block_pass: See :func:`~causal_forcing.training.teacher_forcing.predict`.
     """
@@ -69,15 +99,23 @@ class Data:
     values: Tensor
     wordings: latents.Wordings
     clips: int
+    beginnings: int
     device: Device = CPU
     block_pass: BlockPass | None = None
 
-    def batch(self, random: StepRandom) -> tuple[Tensor, Tensor, Tensor]:
-        """Return random clips: latents ``[B, 16, F, h, w]``, ids of two captions each, each frame's caption."""
+    def batch(self, layout: Layout, random: StepRandom) -> Batch:
+        """Return random clips with both of their captions."""
         drawn = torch.from_numpy(random.numpy.integers(len(self.values), size=self.clips))
         chosen = drawn.to(self.values.device)
         ids, of_frame = self.wordings.choose(chosen, self.values.shape[2], random.numpy)
-        return self.values[chosen], ids, of_frame
+        return Batch(self.values[chosen], ids, of_frame, layout, self.block_pass)
+
+    def first_frames(self, random: StepRandom) -> Batch:
+        """Return random clips' first frames with their caption."""
+        drawn = torch.from_numpy(random.numpy.integers(len(self.values), size=self.beginnings))
+        chosen = drawn.to(self.values.device)
+        ids, of_frame = self.wordings.choose(chosen, 1, random.numpy)
+        return Batch(self.values[chosen, :, :1], ids[::2], of_frame, Layout(1, BEGINNING_DRAWS))
 
     def layout(self, draws: int, *, bidirectional: bool = False) -> Layout:
         """Return the layout of a pass over a batch."""
@@ -110,14 +148,14 @@ def load_data(
         wordings=WORDINGS if cpu else GPU_WORDINGS,
         device=device.torch,
     )
-    count, block_pass = (CLIPS, None) if cpu else (GPU_CLIPS, compiled())
+    count, beginnings, block_pass = (CLIPS, BEGINNINGS, None) if cpu else (GPU_CLIPS, GPU_BEGINNINGS, compiled())
     if wait and warm_up is not None:
         noise = torch.randn(len(clips), 16, latents.CLIP_FRAMES, 8, 8, device=device.torch)
-        block_pass = _working(Data(noise, wordings, count, device, block_pass), warm_up)
+        block_pass = _working(Data(noise, wordings, count, beginnings, device, block_pass), warm_up)
         del noise
     if wait:
         wait_for(folder)
-    return Data(latents.load(folder, device.torch).values, wordings, count, device, block_pass)
+    return Data(latents.load(folder, device.torch).values, wordings, count, beginnings, device, block_pass)
 
 
 def _working(data: Data, loss: Callable[[Data], float]) -> BlockPass | None:
@@ -141,26 +179,34 @@ def blurred_context(clean: Tensor, random: StepRandom) -> Tensor:
 
 
 def objective(generator: Generator, data: Data, layout: Layout, random: StepRandom) -> dict[str, Tensor]:
-    """Return the velocity error of one random batch."""
-    clean, ids, of_frame = data.batch(random)
-    levels = draw_levels((data.clips, layout.draws * layout.frames // layout.chunk), random.torch)
+    """Return the velocity error of one random batch of clips, and of first frames unless all frames see each other."""
+    clips = velocity_error(generator, data.batch(layout, random), random, data.device)
+    if layout.bidirectional or not data.beginnings:
+        return {"loss": clips}
+    beginnings = velocity_error(generator, data.first_frames(random), random, data.device)
+    return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
+
+
+def velocity_error(generator: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
+    """Return the mean squared error of the velocity, 0-dim."""
+    clean, layout = batch.clean, batch.layout
+    levels = draw_levels((len(clean), layout.draws * layout.frames // layout.chunk), random.torch)
     if layout.bidirectional:
-        levels = levels.view(data.clips, layout.draws, -1)[:, :, :1].expand(-1, -1, layout.frames).flatten(1)
+        levels = levels.view(len(clean), layout.draws, -1)[:, :, :1].expand(-1, -1, layout.frames).flatten(1)
     sigmas = levels.repeat_interleave(1 if layout.bidirectional else layout.chunk, 1)
     noisy, velocity = add_noise(clean.repeat(1, 1, layout.draws, 1, 1), sigmas, random.torch)
-    with data.device.autocast():
-        embeds = generator.embed(ids).view(data.clips, 2, generator.preset.text_encoder.text_len, -1)
+    with device.autocast():
         guess = predict(
             generator.transformer,
             blurred_context(clean, random),
             noisy,
             1000 * sigmas,
-            Prompts(embeds, of_frame),
+            batch.prompts(generator),
             layout=layout,
             rotary=generator.rotary,
-            block_pass=data.block_pass,
+            block_pass=batch.block_pass,
         )
-    return {"loss": (guess - velocity).square().mean()}
+    return (guess - velocity).square().mean()
 
 
 def train(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from causal_forcing.flow import SHIFT
 from causal_forcing.presets import Preset
-from causal_forcing.training.ar import Data, blurred_context, load_data
+from causal_forcing.training.ar import Batch, Data, blurred_context, load_data
 from causal_forcing.training.loop import (
     CPU,
     Device,
@@ -54,21 +54,33 @@ def grid_levels(count: int = GRID) -> Tensor:
 def objective(
     teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom
 ) -> dict[str, Tensor]:
-    """Return how far the student is from saying the same at two neighbouring noise levels."""
-    clean, ids, of_frame = data.batch(random)
+    """Return how far the student is from saying the same at two neighbouring levels, of clips and of first frames."""
+    clips, to_clean = inconsistency(teacher, student, data.batch(layout, random), random, data.device)
+    if not data.beginnings:
+        return {"loss": clips, "to_clean": to_clean}
+    beginnings, _ = inconsistency(teacher, student, data.first_frames(random), random, data.device)
+    parts = {"clips": clips.detach(), "beginnings": beginnings.detach(), "to_clean": to_clean}
+    return {"loss": clips + beginnings} | parts
+
+
+def inconsistency(
+    teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device
+) -> tuple[Tensor, Tensor]:
+    """Return the student's mean squared inconsistency, and its distance to the clean frames."""
+    clean, layout = batch.clean, batch.layout
     levels, generator = grid_levels().to(clean.device), random.torch
-    shape = (data.clips, layout.draws * layout.frames)
+    shape = (len(clean), layout.draws * layout.frames)
     index = torch.randint(GRID, shape, generator=generator, device=clean.device)
     sigma, lower = levels[index], levels[index + 1]
     repeated = clean.repeat(1, 1, layout.draws, 1, 1)
     noisy, _ = add_noise(repeated, sigma, generator)
     context = blurred_context(clean, random)
-    with torch.no_grad(), data.device.autocast():
-        embeds = student.embed(ids).view(data.clips, 2, student.preset.text_encoder.text_len, -1)
-    prompts = Prompts(embeds.float(), of_frame)
+    with torch.no_grad(), device.autocast():
+        prompts = batch.prompts(student)
+    prompts = Prompts(prompts.embeds.float(), prompts.of_frame)
 
     def velocity(model: Generator, x: Tensor, at: Tensor) -> Tensor:
-        with data.device.autocast():
+        with device.autocast():
             return predict(
                 model.transformer,
                 context,
@@ -77,15 +89,14 @@ def objective(
                 prompts,
                 layout=layout,
                 rotary=model.rotary,
-                block_pass=data.block_pass,
+                block_pass=batch.block_pass,
             )
 
     with torch.no_grad():
         ahead = noisy + _spread(lower - sigma) * velocity(teacher, noisy, sigma)
         target = ahead - _spread(lower) * velocity(student, ahead, lower)
     guess = noisy - _spread(sigma) * velocity(student, noisy, sigma)
-    error = (guess - target).square().mean((1, 3, 4))
-    return {"loss": error.mean(), "to_clean": (guess.detach() - repeated).square().mean()}
+    return (guess - target).square().mean(), (guess.detach() - repeated).square().mean()
 
 
 def _spread(level: Tensor) -> Tensor:

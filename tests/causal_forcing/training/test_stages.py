@@ -53,6 +53,7 @@ def small():
         patch.setattr(evaluation, "SWITCH_AFTER", 2)
         patch.setattr(evaluation, "SWITCH_WATCH", 2)
         patch.setattr(ar, "CLIPS", 2)
+        patch.setattr(ar, "BEGINNINGS", 2)
         patch.setattr(ar, "WINDOW_FRAMES", 3)
         for stage in (ar, cd):
             patch.setattr(stage, "DRAWS", 2)
@@ -162,6 +163,20 @@ def test_the_generator_learns(root, tmp_path, bidirectional):
 
     start = loss(ar.train(tmp_path, preset=PRESET, schedule=long, until=0, bidirectional=bidirectional))
     assert loss(ar.train(tmp_path, preset=PRESET, schedule=long, bidirectional=bidirectional)) < 0.95 * start
+
+
+def test_first_frames_are_learnt_by_themselves_under_the_caption_that_they_begin_with(root, tmp_path):
+    branch(root, tmp_path)
+    generator = model.new_generator(tmp_path, 4, PRESET)
+    data = dataclasses.replace(ar.load_data(tmp_path, generator, CPU), beginnings=6)
+    batch = data.first_frames(step_rng(1, 0))
+    for frame, ids in zip(batch.clean, batch.ids, strict=True):
+        clip = next(i for i, value in enumerate(data.values) if torch.equal(value[:, :1], frame))
+        assert any(torch.equal(ids, row) for row in data.wordings.ids[clip, 0])
+    assert not batch.of_frame.any()
+    with torch.no_grad():
+        values = ar.objective(generator, data, data.layout(2), step_rng(1, 0))
+    torch.testing.assert_close(values["loss"], values["clips"] + values["beginnings"])
 
 
 def test_the_student_becomes_consistent(root, tmp_path):
