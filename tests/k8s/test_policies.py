@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.local import ENVIRONMENT
 from serve.pods import SERVICE_ACCOUNT_PATH
 from tests.k8s.conftest import Manifest, name_of, of_kind, rendered
 
@@ -63,6 +64,17 @@ def test_containers_say_what_they_take(overlay: tuple[Manifest, ...]) -> None:
         resources = container["resources"]
         assert {"cpu", "memory", "ephemeral-storage"} <= set(resources["requests"]), name
         assert resources["limits"]["memory"] == resources["requests"]["memory"], name
+
+
+def test_all_of_rays_processes_run_with_what_a_local_service_sets(overlay: tuple[Manifest, ...]) -> None:
+    """Above all with chunks inside of calls, which every process of a cluster must agree on."""
+    wanted = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_SERVE_LOG_TO_STDERR"}
+    assert "RAY_max_direct_call_object_size" in wanted
+    rays = {name: found for name, found in containers(overlay) if name.endswith(("/ray-head", "/ray-worker"))}
+    assert len(rays) > 1
+    for name, container in rays.items():
+        given = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert wanted.items() <= given.items(), name
 
 
 def test_images_have_a_tag_that_says_something(overlay: tuple[Manifest, ...]) -> None:
