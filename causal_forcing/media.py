@@ -260,11 +260,20 @@ def open_writer(
         if len(_SEQUENCE.findall(target.name)) != 1 or target.name.count("%") != 1:
             raise InvalidRequest("output", str(path), "a PNG sequence needs one frame number such as %05d in its name")
         kind = SequenceWriter
-    if not target.parent.is_dir() or target.is_dir():
-        raise InvalidRequest("output", str(path), "must be a file in an existing folder")
-    if not os.access(target.parent, os.W_OK):
-        raise InvalidRequest("output", str(path), "must be in a folder that can be written to")
+    check_output(target)
     return kind(target, fps=fps, metadata=metadata or {})
+
+
+def check_output(path: Path) -> None:
+    """Raise if no file can be written at a path.
+
+    Raises:
+        InvalidRequest: Its folder does not exist or cannot be written to, or it is a folder itself.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        raise InvalidRequest("output", str(path), "must be a file in an existing folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidRequest("output", str(path), "must be in a folder that can be written to")
 
 
 def decode_image(data: bytes, geometry: Geometry) -> Tensor:

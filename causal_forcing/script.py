@@ -28,7 +28,8 @@ MAX_TIME_S = 7 * 24 * 3600
 """Latest accepted time of a line."""
 
 _DURATION = re.compile(r"(?=\d)(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6}(?:\.\d{1,6})?)s)?")
-_LINE = re.compile(r"(?P<time>\S+)\s*(?:\[(?P<options>[^\]]*)\])?\s*(?P<text>.*)")
+_LINE = re.compile(r"(?P<time>\S+)\s*(?P<update>.*)")
+_UPDATE = re.compile(r"(?:\[(?P<options>[^\]]*)\])?\s*(?P<text>.*)")
 _TIME_ALLOWED = "must be a time such as 8s, 1.5s or 1m10s, at most 168h"
 _SCRIPT_REASON = "INVALID_SCRIPT"
 
@@ -209,9 +210,26 @@ def _parse_line(number: int, text: str, defaults: Mapping[str, str]) -> ScriptLi
     match = _LINE.fullmatch(text)
     assert match is not None, "every line without a line break matches"
     time_s = parse_duration(match["time"], field="time")
+    return ScriptLine(number, time_s, parse_update(match["update"], defaults, prompt_id=f"line-{number}"))
+
+
+def parse_update(text: str, defaults: Mapping[str, str], *, prompt_id: str) -> PromptUpdate:
+    """Return a prompt update from a line without its time, such as ``[transition=4] a fox::0.3 | a wolf::0.7``.
+
+    Args:
+        text: Options in brackets, if any, and prompts.
+        defaults: Options that apply where the line does not give them.
+        prompt_id: Name of the update.
+
+    Raises:
+        InvalidRequest: It is not understood, or not allowed.
+    """
+    match = _UPDATE.fullmatch(text)
+    if match is None:
+        raise InvalidRequest("prompt", text, "must be one line", reason=_SCRIPT_REASON)
     options = {**defaults, **_parse_options(match["options"] or "")}
     prompts = tuple(parse_prompt(part) for part in match["text"].split("|"))
-    return ScriptLine(number, time_s, build_update(prompts, options, prompt_id=f"line-{number}"))
+    return build_update(prompts, options, prompt_id=prompt_id)
 
 
 def build_update(prompts: Sequence[WeightedPrompt], options: Mapping[str, str], *, prompt_id: str) -> PromptUpdate:

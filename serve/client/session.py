@@ -52,9 +52,7 @@ class AsyncVideoSession:
         return self
 
     async def __anext__(self) -> Event:
-        if not self._tasks:
-            self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
-            await self._write(pb.StreamVideoRequest(config=self._options.to_proto()))
+        await self._begin()
         if self._to_ack is not None:
             chunk, self._to_ack = self._to_ack, None
             await self._write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk)))
@@ -99,10 +97,17 @@ class AsyncVideoSession:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _begin(self) -> None:
+        """Send the configuration, which comes before everything else, and begin to listen; once."""
+        if not self._tasks and self._is_open:
+            self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
+            await self._write(pb.StreamVideoRequest(config=self._options.to_proto()))
+
     async def _write(self, message: pb.StreamVideoRequest) -> None:
         """Send a message; a call that has ended says so when it is read."""
         if not self._is_open:
             return
+        await self._begin()
         async with self._write_lock:
             try:
                 await self._call.write(message)

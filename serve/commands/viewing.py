@@ -7,30 +7,31 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from causal_forcing.geometry import FRAMES_PER_SECOND
+from causal_forcing.prompts import PromptUpdate
 from causal_forcing.script import ScriptLine
-from serve.client import Ended, Event, Frame, Moved, PromptApplied, PromptRefused, Queued, Started, VideoSession
+from serve.client import (
+    Ended,
+    Ending,
+    Event,
+    Frame,
+    FramesDropped,
+    Moved,
+    PromptApplied,
+    PromptRefused,
+    Queued,
+    Started,
+    VideoSession,
+)
+from serve.commands.live_line import LiveLine
 
 if TYPE_CHECKING:
-    from causal_forcing.media import Frames
+    from serve.commands.recording import Recorder
+    from serve.commands.typed import Typed
 
 UNTRAINED = "model {} has random weights: the video shows noise, not the prompt"
-
-
-class FrameSink(Protocol):
-    """Where frames go, e.g. a :class:`causal_forcing.media.FrameWriter`.
-
-    Attributes:
-        metadata: Texts stored with the frames, filled before the first one.
-    """
-
-    metadata: dict[str, str]
-
-    def write(self, frames: Frames) -> None:
-        """Take ``[f, H, W, 3]`` uint8 RGB."""
-        ...
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Measured:
         prompt_latencies_s: From sending each prompt to its first frame.
         denoise_s: Of each chunk.
         decode_s: Of each chunk.
+        dropped_frames: Frames that were missed.
+        nominal_fps: Frames a second at which the video is meant to be shown.
     """
 
     asked_s: float = field(default_factory=time.perf_counter)
@@ -60,6 +63,8 @@ class Measured:
     prompt_latencies_s: list[float] = field(default_factory=list)
     denoise_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
+    dropped_frames: int = 0
+    nominal_fps: int = FRAMES_PER_SECOND
 
     def now_s(self) -> float:
         """Return the seconds since the session was asked for."""
@@ -88,11 +93,12 @@ class Measured:
         ttfc = "-" if self.first_chunk_s is None else f"{self.first_chunk_s:.3f} s"
         waited = "" if self.started_s is None else f" (of which {self.started_s:.3f} s until a generator was there)"
         latencies = ", ".join(f"{latency:.3f} s" for latency in self.prompt_latencies_s) or "- (no switch)"
-        video_s = self.frames / FRAMES_PER_SECOND
+        video_s = self.frames / self.nominal_fps
+        dropped = f", {self.dropped_frames} frames dropped" if self.dropped_frames else ""
         return (
-            f"frames          {self.frames} ({video_s:.2f} s of video, {self.data_bytes / 1e6:.2f} MB)\n"
+            f"frames          {self.frames} ({video_s:.2f} s of video, {self.data_bytes / 1e6:.2f} MB{dropped})\n"
             f"TTFC            {ttfc}{waited}\n"
-            f"FPS             {self.fps:.1f} ({self.fps / FRAMES_PER_SECOND:.2f} x real time)\n"
+            f"FPS             {self.fps:.1f} ({self.fps / self.nominal_fps:.2f} x real time)\n"
             f"prompt latency  {latencies}"
         )
 
@@ -100,78 +106,129 @@ class Measured:
 class Viewer:
     """Takes a session's events.
 
+    Args:
+        lines: Prompts to send when their time in the video comes.
+        max_frames: Length of the video; None until the session ends.
+        quiet: Whether to say nothing of what happens.
+        fps: Frames a second at which the video is meant to be shown.
+        live_line: Where live numbers are shown, if anywhere.
+
     Attributes:
         measured: What was measured.
         prompts: Where each prompt took effect.
-        sink: Where frames go, if anywhere.
+        recorder: Where frames go, if anywhere.
     """
 
-    def __init__(self, lines: Sequence[ScriptLine], max_frames: int, *, quiet: bool) -> None:
-        self.measured = Measured()
+    def __init__(
+        self,
+        lines: Sequence[ScriptLine],
+        max_frames: int | None,
+        *,
+        quiet: bool,
+        fps: int = FRAMES_PER_SECOND,
+        live_line: LiveLine | None = None,
+    ) -> None:
+        self._fps = fps
+        self.measured = Measured(nominal_fps=fps)
         self.prompts: list[PromptApplied] = []
         self._lines = deque(lines)
         self._max_frames = max_frames
-        self.sink: FrameSink | None = None
+        self.recorder: Recorder | None = None
         self._quiet = quiet
+        self._live_line = live_line
         self._sent: dict[str, float] = {}
 
-    def watch(self, session: VideoSession) -> None:
+    def watch(self, session: VideoSession, typed: Typed | None = None) -> None:
         """Follow the session until there are enough frames.
+
+        Args:
+            session: What to follow.
+            typed: Passes on what is typed meanwhile.
 
         Raises:
             VideoServiceError: If the session fails.
         """
-        self.measured = Measured()
-        for event in session:
-            self._take(event)
-            self._send_due(session)
-            if self.measured.frames >= self._max_frames or isinstance(event, Ended):
-                return
+        self.measured = Measured(nominal_fps=self._fps)
+        if typed is not None:
+            typed.start(session)
+        try:
+            for event in session:
+                self._take(event)
+                self._send_due(session)
+                is_long_enough = self._max_frames is not None and self.measured.frames >= self._max_frames
+                if is_long_enough or isinstance(event, Ended):
+                    return
+        finally:
+            if typed is not None:
+                typed.stop()
+            if self._live_line is not None:
+                self._live_line.clear()
+
+    def send(self, session: VideoSession, update: PromptUpdate) -> None:
+        """Send a prompt that has a name, and measure how long it takes to show."""
+        self._sent[update.prompt_id] = self.measured.now_s()
+        session.update_prompt(update)
+
+    def finish_in(self, seconds: float) -> None:
+        """Let the video end after so much more of it, unless it has a length already."""
+        if self._max_frames is None:
+            self._max_frames = self.measured.frames + round(seconds * self._fps)
+
+    def say(self, text: str) -> None:
+        """Tell people something, unless they want quiet."""
+        if self._quiet:
+            return
+        if self._live_line is not None:
+            self._live_line.clear()
+        print(text, file=sys.stderr)
 
     def _take(self, event: Event) -> None:
         measured = self.measured
         match event:
             case Queued():
                 if event.sessions_ahead or event.waited_s > 1:
-                    self._say(f"waiting for a generator: {event.sessions_ahead} ahead, {event.waited_s:.0f} s")
+                    self.say(f"waiting for a generator: {event.sessions_ahead} ahead, {event.waited_s:.0f} s")
             case Started():
                 measured.started_s = measured.now_s()
                 self._started(event)
             case PromptApplied():
                 self.prompts.append(event)
-                self._say(f"prompt {event.prompt_id} takes effect at chunk {event.chunk_index}")
+                self.say(f"prompt {event.prompt_id} takes effect at chunk {event.chunk_index}")
             case PromptRefused():
                 self._sent.pop(event.prompt_id, None)
-                self._say(f"prompt {event.prompt_id} is refused ({event.reason}): {event.message}")
+                self.say(f"prompt {event.prompt_id} is refused ({event.reason}): {event.message}")
+            case FramesDropped():
+                measured.dropped_frames += event.frame_count
             case Moved():
-                self._say(f"the generator was lost ({event.reason}); it went on after {event.interruption_s:.1f} s")
+                self.say(f"the generator was lost ({event.reason}); it went on after {event.interruption_s:.1f} s")
+            case Ending():
+                self.say(f"the session ends in {event.remaining_s:.0f} s")
             case Frame():
                 self._frame(event)
 
     def _started(self, event: Started) -> None:
         name = event.model.name
         if not event.model.trained:
-            self._say(UNTRAINED.format(name))
-        if self.sink is not None:
-            self.sink.metadata["title"] = f"Causal Forcing, preset {name}"
+            self.say(UNTRAINED.format(name))
+        if self.recorder is not None:
+            self.recorder.metadata["title"] = f"Causal Forcing, preset {name}"
             if not event.model.trained:
-                self.sink.metadata["comment"] = "RANDOM WEIGHTS: this model has not been trained."
+                self.recorder.metadata["comment"] = "RANDOM WEIGHTS: this model has not been trained."
 
     def _frame(self, frame: Frame) -> None:
-        self.measured.add(frame)
+        measured = self.measured
+        measured.add(frame)
         sent_s = self._sent.pop(frame.prompt_id, None)
         if sent_s is not None:
-            self.measured.prompt_latencies_s.append(self.measured.last_frame_s - sent_s)
-        if self.sink is not None:
-            self.sink.write(frame.pixels()[None])
+            measured.prompt_latencies_s.append(measured.last_frame_s - sent_s)
+        if self.recorder is not None:
+            self.recorder.take(frame)
+        if self._live_line is not None and measured.denoise_s:
+            dropped = f", {measured.dropped_frames} dropped" if measured.dropped_frames else ""
+            chunk = f", chunk {measured.denoise_s[-1] * 1e3:.0f} ms, decode {measured.decode_s[-1] * 1e3:.0f} ms"
+            self._live_line.show(measured.last_frame_s, measured.frames, measured.data_bytes, chunk + dropped)
 
     def _send_due(self, session: VideoSession) -> None:
         """Send the prompts whose time has come, by the video's clock."""
-        while self._lines and self.measured.frames >= self._lines[0].time_s * FRAMES_PER_SECOND:
-            line = self._lines.popleft()
-            sent_s = self.measured.now_s()
-            self._sent[session.update_prompt(line.update)] = sent_s
-
-    def _say(self, text: str) -> None:
-        if not self._quiet:
-            print(text, file=sys.stderr)
+        while self._lines and self.measured.frames >= self._lines[0].time_s * self._fps:
+            self.send(session, self._lines.popleft().update)

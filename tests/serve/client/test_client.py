@@ -159,6 +159,18 @@ async def test_a_refused_prompt_is_an_event_and_the_session_goes_on() -> None:
     assert isinstance(events[-1], Ended)
 
 
+async def test_a_prompt_before_the_first_event_comes_after_the_configuration() -> None:
+    async with (
+        serving(FakeBackends()) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox")) as session,
+    ):
+        name = await session.update_prompt("snow")
+        async for event in session:
+            if isinstance(event, Frame) and event.prompt_id == name:
+                break
+
+
 async def test_leaving_the_block_ends_the_session_on_the_server() -> None:
     backends = FakeBackends()
     async with (
