@@ -12,7 +12,7 @@ BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: gpu-check help node-example setup demo serve test test-fast test-scope lint type format check manifests protos protos-breaking parity bench \
+.PHONY: gpu-check help node-example setup demo showcase serve test test-fast test-scope lint type format check manifests protos protos-breaking parity bench \
 	bench-serve full-size \
 	readme-numbers constraints clean distclean
 
@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## Run the whole service once on this machine and write demo.mp4.
 	$(VENV)/bin/causal-forcing demo --output demo.mp4 $(ARGS)
+
+showcase: $(STAMP) ## Make the README's contact sheet and animated GIF of the embedded model again.
+	$(PYTHON) -m causal_forcing.training.showcase docs/media
 
 serve: $(STAMP) ## Run the service on this machine until Ctrl-C.
 	$(VENV)/bin/causal-forcing serve $(ARGS)

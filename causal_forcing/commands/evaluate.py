@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink", type=int, help="latent frames that are never evicted (default: the preset's)")
     parser.add_argument("--sink-rope", choices=[*SinkRope], help="where the sink's keys are (default: the preset's)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one JSON object a line")
-    parser.add_argument("--count", type=int, default=500, help="held-out questions (default: %(default)s)")
-    parser.add_argument("--offset", type=int, default=0, help="held-out questions to skip first, for work in parts")
+    parser.add_argument("--count", type=int, default=500, help="held-out questions; 0 for none (default: %(default)s)")
+    parser.add_argument("--offset", type=int, default=0, help="questions and trials to skip first, for work in parts")
     parser.add_argument("--switches", type=int, default=0, help="trials of a prompt switch, for each policy")
     parser.add_argument("--drift", type=int, default=0, metavar="LATENTS", help="length of long streams")
     parser.add_argument("--drift-count", type=int, default=48, help="long streams (default: %(default)s)")
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"format": FORMAT, "preset": engine.preset.name, "trained": engine.preset.trained}
     report |= {"vae": args.vae, "settings": _settings(evaluator.config())}
     clips: list[evaluation.Frames] = []
-    report["follow"] = evaluator.follow(questions, clips)
+    if args.count or args.prompts:
+        report["follow"] = evaluator.follow(questions[: args.count] if args.prompts is None else questions, clips)
     if args.switches:
         report["switches"] = {policy.value: evaluator.switches(args.switches, policy) for policy in SwitchPolicy}
     if args.drift:
@@ -64,12 +65,18 @@ def run(args: argparse.Namespace) -> int:
         report["reader"] = _validate(engine, args.validate)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    if args.sheet:
+    if args.sheet and clips:
         metrics.write_sheet(args.sheet, clips)
-    for name, value in report["follow"]["attributes"].items():
-        print(f"{name:11s} {value['accuracy']:7.1%}  [{value['low']:.1%}, {value['high']:.1%}]  of {value['count']}")
-    print(f"dynamic degree {report['follow']['dynamic_degree']:.3f} pixels a frame; report in {args.output}")
+    if "follow" in report:
+        _print_accuracies(report["follow"])
+    print(f"report in {args.output}")
     return 0
+
+
+def _print_accuracies(follow: dict[str, Any]) -> None:
+    for name, value in follow["attributes"].items():
+        print(f"{name:11s} {value['accuracy']:7.1%}  [{value['low']:.1%}, {value['high']:.1%}]  of {value['count']}")
+    print(f"dynamic degree {follow['dynamic_degree']:.3f} pixels a frame")
 
 
 def _load(args: argparse.Namespace) -> Engine:
@@ -93,11 +100,12 @@ def _load(args: argparse.Namespace) -> Engine:
 def _questions(args: argparse.Namespace) -> list[evaluation.Question]:
     if args.prompts is not None:
         return evaluation.read_questions(args.prompts)
-    if args.count < 1:
-        raise InvalidRequest("count", args.count, "must be at least 1")
+    if args.count < 0:
+        raise InvalidRequest("count", args.count, "must be at least 0")
     if args.offset < 0:
         raise InvalidRequest("offset", args.offset, "must be at least 0")
-    return evaluation.held_out_questions(args.offset + args.count)[args.offset :]
+    needed = max(args.count, args.drift_count if args.drift else 0)
+    return evaluation.held_out_questions(args.offset + needed)[args.offset :]
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

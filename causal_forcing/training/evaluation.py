@@ -11,6 +11,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ class Evaluator:
 
         Every trial changes the colour alone.
         """
-        pairs = list(_colour_changes(trials))
+        pairs = list(islice(_colour_changes(), self.first, self.first + trials))
         latencies: list[int | None] = []
         tally = Tally()
         for members, cohort in self.cohorts([captions.plain_caption(before) for before, _ in pairs]):
@@ -281,10 +282,10 @@ def _answered(question: Question, reading: ClipReading) -> Question:
     return Question(question.prompt, {name: word for name, word in question.expected.items() if seen[name] == word})
 
 
-def _colour_changes(trials: int) -> Iterator[tuple[world.Scene, world.Scene]]:
-    """Iterate over scenes of one object, each before and after a change of its colour."""
+def _colour_changes() -> Iterator[tuple[world.Scene, world.Scene]]:
+    """Iterate without end over scenes of one object, each before and after a change of its colour."""
     rng = np.random.default_rng(8)
-    for _ in range(trials):
+    while True:
         thing = world.draw_thing(rng)
         colour = str(rng.choice([name for name in world.COLOURS if name != thing.colour]))
         background = str(rng.choice(world.BACKGROUNDS))

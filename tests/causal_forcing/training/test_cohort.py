@@ -9,7 +9,7 @@ from causal_forcing.errors import InvalidRequest
 from causal_forcing.media import to_frames
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
-from causal_forcing.training import cohort, evaluation
+from causal_forcing.training import cohort, evaluation, showcase
 
 PROMPTS = ("a red circle moving left on black", "a blue ring", "two green things")
 
@@ -70,3 +70,12 @@ def test_other_autoencoders_are_refused(engine):
     other = Engine(get_preset("tiny"), engine.transformer, vae=None, text_encoder=engine.text_encoder)
     with pytest.raises(InvalidRequest, match="Wan family"):
         cohort.decode(other, torch.zeros(1, 16, 1, 8, 8))
+
+
+def test_the_showcase_leaves_no_stream_out(engine, monkeypatch):
+    monkeypatch.setattr(showcase, "LATENTS", 1)
+    clips = showcase.stream(engine, showcase.STORIES[:5])
+    assert [clip.shape for clip in clips] == [(5, 64, 64, 3)] * 5
+    assert showcase.contact_sheet(clips, showcase.STORIES[:5]).size == (12 * 64, 5 * (64 + showcase.LINE))
+    wall = showcase.wall(clips[:4], columns=2)
+    assert np.array_equal(wall[:, 64:, :64], clips[2])
