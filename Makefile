@@ -12,7 +12,8 @@ BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: gpu-check help node-example setup demo showcase serve test test-fast test-scope lint type format check manifests protos protos-breaking parity bench \
+.PHONY: gpu-check help node-example setup demo showcase serve observe test test-fast test-scope lint type format check \
+	manifests protos protos-breaking parity bench \
 	bench-serve full-size \
 	readme-numbers constraints clean distclean
 
@@ -36,6 +37,9 @@ showcase: $(STAMP) ## Make the README's contact sheet and animated GIF of the em
 
 serve: $(STAMP) ## Run the service on this machine until Ctrl-C.
 	$(VENV)/bin/causal-forcing serve $(ARGS)
+
+observe: $(STAMP) ## Run the service with Prometheus and a few viewers until Ctrl-C (docs/observability.md).
+	$(PYTHON) -m serve.observe $(ARGS)
 
 test: $(STAMP) ## Run every test (JOBS=2 processes; ARGS=... goes to pytest).
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)

@@ -80,6 +80,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "numpy": "media",
         "tqdm": "media",
         "huggingface_hub": "server",
+        "prometheus_client": "server",
         "ray": "server",
         "safetensors": "server",
         "tokenizers": "server",

@@ -332,16 +332,32 @@ class Prices(Section):
         return prices[place]
 
 
+class TracingConfig(Section):
+    """Where traces of sessions go.
+
+    Attributes:
+        endpoint: ``host:port`` of a collector that takes OTLP over gRPC.
+        tls: Whether it is spoken to with TLS.
+        sample_ratio: Share of the sessions that are traced; where a client sends a ``traceparent``, its choice counts.
+    """
+
+    endpoint: Annotated[str, Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$")]
+    tls: bool = False
+    sample_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class ObservabilityConfig(Section):
     """What operators see.
 
     Attributes:
+        tracing: Traces for OpenTelemetry; None makes none.
         metrics_port: Port of this machine's metrics for Prometheus, when the service is started by `causal-forcing`;
             None for any free one. On a cluster Ray's own ``--metrics-export-port`` says it.
         price_per_replica_hour: For the cost per minute of a session.
         currency: Of the prices, as ISO 4217 writes it.
     """
 
+    tracing: TracingConfig | None = None
     metrics_port: Port | None = None
     price_per_replica_hour: Prices = Prices()
     currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"

@@ -30,6 +30,7 @@ from .mailbox import start_mailbox
 from .metrics import Place
 from .metrics.process import replica_recorder, watch_replica
 from .session_meter import SessionMeter
+from .tracing import Tracing
 
 
 class Gateway:
@@ -48,6 +49,7 @@ class Gateway:
         logs.set_up(config.logs)
         replica = serve.get_replica_context()
         replica_id: str = replica.replica_id.unique_id
+        self._tracing = Tracing(config.observability.tracing, replica_id)
         is_current = partial(succession.is_current, replica.app_name, admission)
         desk = AdmissionDesk(connect(admission, config), replica_id, is_current)
         backends = RayBackends(
@@ -70,7 +72,7 @@ class Gateway:
         self, requests: AsyncIterator[pb.StreamVideoRequest], grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.StreamVideoResponse]:
         """Serve one session (see the protocol's transcript)."""
-        meter = SessionMeter(self._recorder)
+        meter = self._meter(grpc_context)
         serving = self._service.serve(lambda config: StreamInput(meter.watch(requests), config), grpc_context, meter)
         async with contextlib.aclosing(serving) as messages:
             async for message in messages:
@@ -81,13 +83,16 @@ class Gateway:
         self, request: pb.GenerateVideoRequest, grpc_context: RayServegRPCContext
     ) -> AsyncIterator[pb.GenerateVideoResponse]:
         """Serve one video of a given length."""
-        meter = SessionMeter(self._recorder)
+        meter = self._meter(grpc_context)
         meter.configured(request.config)
         serving = self._service.serve(lambda config: OneRequest(request, config), grpc_context, meter)
         async with contextlib.aclosing(serving) as messages:
             async for message in messages:
                 yield pb.GenerateVideoResponse(message=message)
                 meter.sent(message)
+
+    def _meter(self, context: RayServegRPCContext) -> SessionMeter:
+        return SessionMeter(self._recorder, trace=self._tracing.session(context.invocation_metadata()))
 
     async def GetModel(  # noqa: N802  (the RPC's name)
         self, request: pb.GetModelRequest, grpc_context: RayServegRPCContext

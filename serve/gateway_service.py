@@ -145,6 +145,8 @@ class GatewayService:
             outbox = Outbox()
             outbox.failed(failure)
             yield await anext(outbox)
+            if meter is not None:
+                meter.close()
             return
         bind(tenant=caller.tenant)
         service = self._config_for(caller)

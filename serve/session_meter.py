@@ -14,6 +14,7 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from .messages import Decoded, GeneratedChunk
 from .metrics import SILENT, Recorder
 from .metrics.drift import DriftScore
+from .tracing import UNTRACED, Trace
 
 START_BUFFER_S = 0.5
 """How far the viewer of the deadlines plays behind the first frame."""
@@ -48,10 +49,13 @@ class Deadlines:
 
 
 class SessionMeter:
-    """Sees the call's messages, and each chunk on its way, and tells the recorder."""
+    """Sees the call's messages, and each chunk on its way, and tells the recorder and the trace."""
 
-    def __init__(self, recorder: Recorder = SILENT, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, recorder: Recorder = SILENT, clock: Callable[[], float] = time.monotonic, trace: Trace = UNTRACED
+    ) -> None:
         self._recorder = recorder
+        self._trace = trace
         self._clock = clock
         self._state: str | None = None
         self._config_s: float | None = None
@@ -77,6 +81,7 @@ class SessionMeter:
         """See what the session shall be."""
         self._config_s = self._clock()
         self._enter("waiting")
+        self._trace.configured()
         self._asked(config.prompt)
 
     def chunk(self, chunk: GeneratedChunk, decoded: Decoded, took_s: float) -> None:
@@ -99,6 +104,7 @@ class SessionMeter:
             if score is not None:
                 recorder.drift(*score)
         self._queued_s.append((chunk.index, self._clock()))
+        self._trace.chunk(chunk, decoded, took_s)
 
     def sent(self, message: pb.StreamVideoResponse) -> None:
         """See a message that the transport has taken."""
@@ -111,6 +117,7 @@ class SessionMeter:
                 for prompt_id in message.prompt_applied.superseded_prompt_ids:
                     self._prompts_s.pop(prompt_id, None)
             case "session_moved":
+                self._trace.moved(message.session_moved.reason)
                 self._recorder.session_moved(message.session_moved.interruption.ToNanoseconds() / 1e9)
             case "frames_dropped":
                 self._recorder.frames_dropped(message.frames_dropped.frame_count)
@@ -125,6 +132,7 @@ class SessionMeter:
         if not self._is_over:
             self._recorder.session_left()
             self._over()
+        self._trace.close()
 
     def _received(self, message: pb.StreamVideoRequest) -> None:
         match message.WhichOneof("message"):
@@ -148,6 +156,7 @@ class SessionMeter:
 
     def _started(self, message: pb.SessionStarted) -> None:
         self._started_s = self._clock()
+        self._trace.started(message.session_id)
         self._recorder.session_started(self._started_s - (self._config_s or self._started_s))
         self._enter("streaming")
         config = message.effective_config
@@ -157,6 +166,7 @@ class SessionMeter:
 
     def _failed(self, error: pb.Error) -> None:
         code = next(code for code in grpc.StatusCode if code.value[0] == error.status.code)
+        self._trace.failed(error.reason)
         self._recorder.session_failed(code.name, error.reason, started=self._started_s is not None)
         self._over()
 
@@ -171,6 +181,7 @@ class SessionMeter:
         frames, nbytes, waited_s = self._frames, self._bytes, self._waited_s
         self._frames, self._bytes, self._waited_s = 0, 0, 0.0
         video_s = frames / self._rate
+        self._trace.sent(index)
         recorder.chunk_sent(frames, nbytes, video_s)
         while self._queued_s and self._queued_s[0][0] <= index:
             queued, queued_s = self._queued_s.popleft()

@@ -31,6 +31,7 @@ HEAVY_MODULES = ("av", "numpy", "PIL", "ray", "safetensors", "torch", "tqdm", "t
 """What the base install does not bring."""
 
 PACKAGE_OF = {
+    "opentelemetry": "opentelemetry-sdk",
     "PIL": "pillow",
     "google": "protobuf",
     "grpc": "grpcio",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from causal_forcing.errors import InvalidRequest
@@ -16,6 +17,8 @@ from serve.commands.connecting import add_connection_arguments, connect, failed
 from serve.commands.live_line import LiveLine
 from serve.commands.typed import HELP, Typed
 from serve.commands.viewing import Viewer
+from serve.metrics import SILENT
+from serve.metrics.client import ClientMeter, client_metrics
 
 DEFAULT_SECONDS = 5.0
 """Length of a video, or of what follows the last line of a script or the last one typed, when none is asked for."""
@@ -49,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     live = argparse.BooleanOptionalAction
     parser.add_argument("--live", action=live, help="show live numbers (default: on a terminal)")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve this client's metrics for Prometheus")
     parser.add_argument("--quiet", action="store_true", help="print the numbers only")
     _add_session_arguments(parser.add_argument_group("the session"))
 
@@ -82,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
     shows_live = sys.stderr.isatty() and not args.quiet if args.live is None else args.live
     live_line = LiveLine(sys.stderr, fps) if shows_live else None
     viewer = Viewer(lines[1:], _max_frames(args, lines, fps), quiet=args.quiet, fps=fps, live_line=live_line)
-    status = view(connect(args), options, viewer, args.output, _typed(args, viewer) if args.interactive else None)
+    typed = _typed(args, viewer) if args.interactive else None
+    served = nullcontext(SILENT) if args.metrics_port is None else client_metrics(args.metrics_port)
+    with served as recorder:
+        viewer.meter = ClientMeter(recorder)
+        status = view(connect(args), options, viewer, args.output, typed)
+        viewer.meter.ended(failed=status not in (0, EXIT_INTERRUPTED))
     print(viewer.measured.summary())
     return status
 

@@ -26,6 +26,7 @@ from serve.client import (
     VideoSession,
 )
 from serve.commands.live_line import LiveLine
+from serve.metrics.client import ClientMeter
 
 if TYPE_CHECKING:
     from serve.commands.recording import Recorder
@@ -117,6 +118,7 @@ class Viewer:
         measured: What was measured.
         prompts: Where each prompt took effect.
         recorder: Where frames go, if anywhere.
+        meter: Sees all events, too.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Viewer:
         self._lines = deque(lines)
         self._max_frames = max_frames
         self.recorder: Recorder | None = None
+        self.meter = ClientMeter()
         self._quiet = quiet
         self._live_line = live_line
         self._sent: dict[str, float] = {}
@@ -153,6 +156,7 @@ class Viewer:
             typed.start(session)
         try:
             for event in session:
+                self.meter.saw(event)
                 self._take(event)
                 self._send_due(session)
                 is_long_enough = self._max_frames is not None and self.measured.frames >= self._max_frames
