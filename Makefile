@@ -8,7 +8,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
-BENCHMARKS := end_to_end dit restore vae gateway_path grant_router
+BENCHMARKS := end_to_end dit restore vae gateway_path grant_router admission
 JOBS ?= 2
 ARGS ?=
 

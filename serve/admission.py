@@ -31,6 +31,9 @@ SETTLE_S = 1.0
 RECENT_SESSIONS = 32
 """Sessions whose length the estimate rests on."""
 
+TOLD_AGAIN_S = 0.25
+"""While no session's place changes, gateways are told the same for this long; shares move slowly."""
+
 EXPECTED_S = 60.0
 """What a session is charged at first while no session has ended yet, in seconds."""
 
@@ -54,6 +57,8 @@ class AdmissionBook:
         self._gateways: dict[str, float] = {}
         self._started_s: dict[str, float] = {}
         self._lengths_s: deque[float] = deque(maxlen=RECENT_SESSIONS)
+        self._told: dict[str, dict[str, Place]] | None = None
+        self._told_at = (-1, 0.0)
 
     def enqueue(self, ticket: Ticket, now_s: float) -> Place:
         """Add a session to the queue and return where it stands, perhaps with a generator already.
@@ -234,19 +239,14 @@ class AdmissionBook:
         if ticket.replica_id:
             return Place(0, None, ticket.replica_id)
         order = self.order(now_s)
-        return self._waiting_place(ticket, (*order.ready, *order.blocked).index(session_id))
+        return self._waiting_place(ticket, (*order.ready, *order.blocked).index(session_id), self._turn_s)
 
     def places(self, gateway_id: str, now_s: float) -> dict[str, Place]:
-        """Return where each session of a gateway stands that is not running yet."""
-        order = self.order(now_s)
-        ahead = {session_id: number for number, session_id in enumerate((*order.ready, *order.blocked))}
-        return {
-            session_id: self._waiting_place(ticket, ahead[session_id])
-            if session_id in ahead
-            else Place(0, None, ticket.replica_id)
-            for session_id, ticket in self._tickets.items()
-            if ticket.gateway_id == gateway_id and (session_id not in self._started_s or ticket.is_moving)
-        }
+        """Return where each session of a gateway stands that is not running yet; up to a quarter of a second old."""
+        revision, told_s = self._told_at
+        if self._told is None or revision != self.revision or now_s - told_s >= TOLD_AGAIN_S:
+            self._told, self._told_at = self._all_places(now_s), (self.revision, now_s)
+        return self._told.get(gateway_id, {})
 
     def tickets(self) -> tuple[Ticket, ...]:
         """Return the claims of all sessions."""
@@ -294,29 +294,44 @@ class AdmissionBook:
             "idle": self._fleet.idle,
         }
 
-    def _waiting_place(self, ticket: Ticket, ahead: int) -> Place:
-        most = None if ticket.is_moving else self._fleet.too_small_for(ticket)
-        return Place(ahead, self._estimate(ahead + 1), most_bytes=most)
+    def _all_places(self, now_s: float) -> dict[str, dict[str, Place]]:
+        """Return what each gateway is told: one order for all of them, because that is what takes time."""
+        order = self.order(now_s)
+        ahead = {session_id: number for number, session_id in enumerate((*order.ready, *order.blocked))}
+        places, turn_s = dict[str, dict[str, Place]](), self._turn_s
+        for session_id, ticket in self._tickets.items():
+            if session_id in ahead:
+                place = self._waiting_place(ticket, ahead[session_id], turn_s)
+            elif session_id not in self._started_s or ticket.is_moving:
+                place = Place(0, None, ticket.replica_id)
+            else:
+                continue
+            places.setdefault(ticket.gateway_id, {})[session_id] = place
+        return places
 
-    def _estimate(self, turns: int) -> float | None:
-        """Return the expected wait for that many sessions to end, from the length of recent ones."""
+    def _waiting_place(self, ticket: Ticket, ahead: int, turn_s: float | None) -> Place:
+        most = None if ticket.is_moving else self._fleet.too_small_for(ticket)
+        return Place(ahead, None if turn_s is None else (ahead + 1) * turn_s, most_bytes=most)
+
+    @property
+    def _turn_s(self) -> float | None:
+        """The expected time from one session's end to the next one's, from the length of recent ones."""
         capacity = self._fleet.capacity
-        if not self._lengths_s or not capacity:
-            return None
-        return turns * self.expected_s / capacity
+        return self.expected_s / capacity if self._lengths_s and capacity else None
 
     def _overflow(self, ticket: Ticket, now_s: float) -> NoCapacity | None:
         """Return why a session that has just been queued may not wait, if so."""
         waiting, mine = sum(map(len, self._waiting.values())), len(self._waiting[ticket.share.tenant])
-        retry = {"retry_after_s": f"{self.place(ticket.session_id, now_s).estimated_wait_s or 10.0:.0f}"}
         limit = ticket.share.max_queued
         if limit is not None and mine > limit:
-            held = f"{self._shares.held(ticket.share.tenant)} sessions of this tenant run and {mine - 1} wait"
-            return NoCapacity(f"{held}, its limit", reason="QUOTA_EXCEEDED", metadata=retry)
-        if waiting > self._max_queued:
-            text = f"all generators are busy and {self._max_queued} sessions are waiting"
-            return NoCapacity(text, metadata=retry)
-        return None
+            reason, held = "QUOTA_EXCEEDED", self._shares.held(ticket.share.tenant)
+            text = f"{held} sessions of this tenant run and {mine - 1} wait, its limit"
+        elif waiting > self._max_queued:
+            reason, text = None, f"all generators are busy and {self._max_queued} sessions are waiting"
+        else:
+            return None
+        wait_s = self.place(ticket.session_id, now_s).estimated_wait_s or 10.0
+        return NoCapacity(text, reason=reason, metadata={"retry_after_s": f"{wait_s:.0f}"})
 
     def _grant(self, ticket: Ticket, replica_id: str, now_s: float) -> None:
         self._unqueue(ticket)
@@ -326,6 +341,7 @@ class AdmissionBook:
             self._shares.grant(ticket.share.tenant, ticket.session_id, now_s, self.expected_s)
 
     def _start(self, ticket: Ticket, since_s: float) -> None:
+        self._told = None
         self._started_s[ticket.session_id] = since_s
         self._shares.started(ticket.share.tenant, ticket.session_id, since_s, self.expected_s)
 
@@ -337,6 +353,7 @@ class AdmissionBook:
         self._fleet.know(ticket)
 
     def _forget(self, session_id: str, now_s: float) -> None:
+        self._told = None
         ticket = self._tickets.pop(session_id, None)
         has_started = self._started_s.pop(session_id, None) is not None
         self._fleet.forget(session_id)
