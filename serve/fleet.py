@@ -93,6 +93,7 @@ class Fleet:
     def __init__(self) -> None:
         self.places: dict[str, GeneratorPlace] = {}
         self._nbytes: dict[str, int] = {}
+        self._leaving: set[str] = set()
         self._passed_over_s: dict[str, float] = {}
         self._stays: dict[str, int] = {}
 
@@ -119,13 +120,17 @@ class Fleet:
         """Take a generator's word for the sessions it holds and the memory it has for them; return if that is news."""
         is_new = replica_id not in self.places or self.places[replica_id].budget_bytes != budget_bytes
         place = self.places.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
-        place.capacity, place.budget_bytes, place.sessions = capacity, budget_bytes, frozenset(sessions)
+        before, place.sessions = place.sessions, frozenset(sessions)
+        self._free(before - place.sessions)
+        place.capacity, place.budget_bytes = capacity, budget_bytes
         place.reported_s, place.refused = now_s, False
         return is_new
 
     def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone."""
-        self.places.pop(replica_id, None)
+        place = self.places.pop(replica_id, None)
+        if place is not None:
+            self._free(place.sessions)
 
     def expire(self, now_s: float) -> None:
         """Forget generators that have fallen silent."""
@@ -168,12 +173,15 @@ class Fleet:
     def know(self, ticket: Ticket) -> None:
         """Take in what a session needs."""
         self._nbytes[ticket.session_id] = ticket.nbytes
+        self._leaving.discard(ticket.session_id)
 
     def forget(self, session_id: str) -> None:
-        """Forget a session, its grant included; that it is over, its generator says."""
-        self._nbytes.pop(session_id, None)
+        """Forget a session, its grant included; that its place and its memory are free, its generator says."""
         self.ungrant(session_id)
         self.release(session_id)
+        self._leaving.add(session_id)
+        if not any(session_id in place.sessions for place in self.places.values()):
+            self._free({session_id})
 
     def find(self, session_id: str) -> str:
         """Return the emptiest generator that a session fits in; empty if there is none.
@@ -226,6 +234,12 @@ class Fleet:
         place = self.places.get(replica_id)
         if place is not None:
             place.refused = True
+
+    def _free(self, sessions: Iterable[str]) -> None:
+        """Note that sessions are in no generator any more; those that are not forgotten may come back."""
+        for session_id in self._leaving.intersection(sessions):
+            self._leaving.discard(session_id)
+            self._nbytes.pop(session_id, None)
 
     def _has_memory(self, place: GeneratorPlace, session_id: str) -> bool:
         needed = self._used_bytes(place) + self._nbytes.get(session_id, 0)

@@ -285,6 +285,20 @@ def test_a_session_goes_where_its_memory_is() -> None:
     assert admission.place("c", NOW).replica_id == "g2"
 
 
+def test_a_sessions_memory_is_free_when_its_generator_says_so() -> None:
+    admission = book()
+    admission.report("g1", 4, [], NOW, budget_bytes=100)
+    admission.enqueue(of("a", "a0", nbytes=90), NOW)
+    admission.report("g1", 4, ["a0"], NOW, budget_bytes=100)
+    admission.confirm("a0", "g1", NOW)
+    admission.leave("a0", NOW)
+    assert admission.enqueue(of("a", "a1", nbytes=90), NOW).replica_id == "", "the generator is still clearing up"
+    admission.report("g1", 4, [], NOW, budget_bytes=100)
+    assert admission.place("a1", NOW).replica_id == "g1"
+    admission.leave("a1", NOW)
+    assert not admission._fleet._nbytes
+
+
 def test_a_session_that_fits_nowhere_is_refused_at_once() -> None:
     admission = book()
     admission.report("g1", 4, [], NOW, budget_bytes=100)
@@ -384,3 +398,42 @@ def test_an_idle_generator_never_meets_a_waiting_session_and_places_are_never_gi
         grants = [r for p in admission._fleet.places.values() for r in p.granted]
         assert len(grants) == len(set(grants))
         assert all(len(p.sessions | p.granted) <= 1 for p in admission._fleet.places.values())
+
+
+BUDGETS: dict[str, int | None] = {"g0": 10, "g1": 6, "g2": None}
+SIZES = (1, 3, 4, 6, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("EEELRC"), st.integers(0, 9)), max_size=60))
+def test_memory_is_never_promised_twice_and_never_idle_beside_a_session_that_it_would_hold(
+    steps: list[tuple[str, int]],
+) -> None:
+    admission = book(max_queued=100)
+    fleet, running = admission._fleet, dict[str, set[str]]()
+
+    def report(replica_id: str, *sessions: str) -> None:
+        running[replica_id] = set(sessions)
+        admission.report(replica_id, 3, sessions, NOW, budget_bytes=BUDGETS[replica_id])
+
+    for replica_id in BUDGETS:
+        report(replica_id)
+    for time, (action, number) in enumerate(steps):
+        name = f"s{number}"
+        known = admission._tickets.get(name)
+        if action == "E" and known is None:
+            admission.enqueue(of(f"t{number % 2}", name, time, nbytes=SIZES[number % 5]), NOW)
+        elif action == "L" and known is not None:
+            admission.leave(name, NOW)
+        elif action == "C" and known is not None and known.replica_id and name not in admission._started_s:
+            report(known.replica_id, *running[known.replica_id], name)
+            admission.confirm(name, known.replica_id, NOW)
+        elif action == "R" and number < 3:
+            report(f"g{number}", *(s for s in running[f"g{number}"] if s in admission._tickets))
+        waiting = [t for t in admission.tickets() if not t.replica_id]
+        for replica_id, place in fleet.places.items():
+            used, budget = fleet._used_bytes(place), BUDGETS[replica_id]
+            assert place.held <= 3
+            assert budget is None or used <= budget
+            room = 99 if budget is None else budget - used
+            assert not place.free or all(t.nbytes > room for t in waiting), (replica_id, waiting)
