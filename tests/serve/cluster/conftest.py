@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 from ray.exceptions import RayActorError
@@ -35,11 +38,13 @@ class Cluster:
 
     Attributes:
         address: Of the gRPC proxy.
-        config: What it runs with.
+        config: What it runs with; the identity is none, so every caller is the operator `local`.
+        folder: Where the tenants' file is, and usage records go.
     """
 
     address: str
     config: ServiceConfig
+    folder: Path
 
     @asynccontextmanager
     async def session(
@@ -102,6 +107,21 @@ class Cluster:
                 return None
 
         await eventually(encode, lambda answer: answer is not None)
+
+    def allow(self, policy: str) -> None:
+        """Say in the tenants' file what the tenant `local` may do."""
+        write_tenants(self.folder, policy)
+
+    def usage(self) -> dict[str, dict[str, Any]]:
+        """Return the usage records so far, by session."""
+        lines = [line for path in self.folder.glob("usage-*.jsonl") for line in path.read_text().splitlines()]
+        return {record["session_id"]: record for record in map(json.loads, lines)}
+
+    async def http(self, path: str) -> tuple[int, bytes]:
+        """Return the status and the body of an answer of the HTTP port."""
+        url = f"http://127.0.0.1:{self.config.http_port}{path}"
+        async with aiohttp.ClientSession() as client, client.get(url) as answer:
+            return answer.status, await answer.read()
 
     def kill(self, deployment: str) -> None:
         """Kill the replica of a deployment as a crash would."""
@@ -172,16 +192,26 @@ async def collect(session: AsyncVideoSession, chunks: int) -> tuple[list[Event],
     return events, frames
 
 
+def write_tenants(folder: Path, policy: str) -> Path:
+    """Write the tenants' file, all at once: gateways read it whenever they like."""
+    new, path = folder / "new.yaml", folder / "tenants.yaml"
+    new.write_text(f"tenants: {{local: {policy}}}\n")
+    return new.replace(path)
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start the service once for all tests."""
+    folder = tmp_path_factory.mktemp("operator")
     config = load_config(
         None,
         sizes=[[SIZE, SIZE], [64, 64]],
         grpc_port=free_port(),
         http_port=free_port(),
         generator={"silence_timeout_s": 5},
+        identity={"tenants_file": str(write_tenants(folder, "{}"))},
+        usage={"file": str(folder / "usage-{process}.jsonl")},
         limits={"silence_timeout_s": 20, "stall_timeout_s": 20, "max_queued_sessions": 2},
     )
     with local_service(config) as service:
-        yield Cluster(service.address, config)
+        yield Cluster(service.address, config, folder)
