@@ -286,6 +286,7 @@ def session_status(view: SessionView) -> pb.SessionStatus:
         frame_count=progress.frame_count,
         byte_count=progress.byte_count,
         dropped_frame_count=progress.dropped_frame_count,
+        gateway_memory_byte_count=progress.memory_bytes,
     )
     status.age.FromNanoseconds(duration_ns(view.age_s))
     return status

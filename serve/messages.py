@@ -194,6 +194,7 @@ class Progress:
         denoise_s: Spent in generators.
         decode_s: Spent in decoders on pixels, rebuilt caches included.
         encode_s: Spent in decoders on the frames' encoding.
+        memory_bytes: What it takes in its gateway at the moment.
     """
 
     is_paused: bool = False
@@ -207,6 +208,7 @@ class Progress:
     denoise_s: float = 0.0
     decode_s: float = 0.0
     encode_s: float = 0.0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

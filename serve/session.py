@@ -115,6 +115,7 @@ class LiveSession:
             byte_count=outbox.byte_count,
             dropped_frame_count=outbox.dropped_frame_count,
             held_s=patience.duration_s,
+            memory_bytes=self.nbytes,
             **asdict(self._spent),
         )
 

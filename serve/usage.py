@@ -81,7 +81,8 @@ class UsageRecord:
     def line(self, now: datetime) -> str:
         """Return the record as JSON; seconds to the millisecond."""
         progress = {name: round(value, 3) for name, value in dataclasses.asdict(self.progress).items()}
-        progress.pop("is_paused")
+        for name in ("is_paused", "memory_bytes"):  # of the moment, which is over
+            progress.pop(name)
         gpu = {name: progress.pop(f"{name}_s") for name in ("text", "denoise", "decode", "encode")}
         fields: dict[str, Any] = {
             "version": VERSION,

@@ -320,6 +320,7 @@ class SessionInfo:
         frame_count: Frames sent.
         byte_count: Bytes of frames sent.
         dropped_frame_count: Frames dropped.
+        gateway_memory_bytes: Memory that it takes in its gateway.
     """
 
     session_id: str
@@ -331,6 +332,7 @@ class SessionInfo:
     frame_count: int
     byte_count: int
     dropped_frame_count: int
+    gateway_memory_bytes: int
 
     @classmethod
     def from_proto(cls, status: pb.SessionStatus) -> SessionInfo:
@@ -345,6 +347,7 @@ class SessionInfo:
             frame_count=status.frame_count,
             byte_count=status.byte_count,
             dropped_frame_count=status.dropped_frame_count,
+            gateway_memory_bytes=status.gateway_memory_byte_count,
         )
 
 

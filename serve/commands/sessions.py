@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from serve.client import SessionInfo, VideoClient, VideoServiceError
 from serve.commands.connecting import add_connection_arguments, connect, failed
 
-COLUMNS = ("session", "tenant", "state", "age", "ahead", "chunks", "frames", "dropped", "MB")
+COLUMNS = ("session", "tenant", "state", "age", "ahead", "chunks", "frames", "dropped", "MB", "memory")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,5 +61,5 @@ def _table(found: Sequence[SessionInfo]) -> list[str]:
 def _row(info: SessionInfo) -> tuple[str, ...]:
     ahead = str(info.sessions_ahead) if info.state == "QUEUED" else "-"
     counts = (info.chunk_count, info.frame_count, info.dropped_frame_count)
-    megabytes = f"{info.byte_count / 1e6:.1f}"
-    return (info.session_id, info.tenant, info.state.lower(), f"{info.age_s:.0f}s", ahead, *map(str, counts), megabytes)
+    sizes = f"{info.byte_count / 1e6:.1f}", f"{info.gateway_memory_bytes / 1e6:.1f}MB"
+    return (info.session_id, info.tenant, info.state.lower(), f"{info.age_s:.0f}s", ahead, *map(str, counts), *sizes)

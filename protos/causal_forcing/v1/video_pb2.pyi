@@ -483,7 +483,7 @@ class EndSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionStatus(_message.Message):
-    __slots__ = ("session_id", "tenant", "state", "sessions_ahead_count", "age", "chunk_count", "frame_count", "byte_count", "dropped_frame_count")
+    __slots__ = ("session_id", "tenant", "state", "sessions_ahead_count", "age", "chunk_count", "frame_count", "byte_count", "dropped_frame_count", "gateway_memory_byte_count")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -493,6 +493,7 @@ class SessionStatus(_message.Message):
     FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
     BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_MEMORY_BYTE_COUNT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     tenant: str
     state: SessionState
@@ -502,4 +503,5 @@ class SessionStatus(_message.Message):
     frame_count: int
     byte_count: int
     dropped_frame_count: int
-    def __init__(self, session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., state: _Optional[_Union[SessionState, str]] = ..., sessions_ahead_count: _Optional[int] = ..., age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., chunk_count: _Optional[int] = ..., frame_count: _Optional[int] = ..., byte_count: _Optional[int] = ..., dropped_frame_count: _Optional[int] = ...) -> None: ...
+    gateway_memory_byte_count: int
+    def __init__(self, session_id: _Optional[str] = ..., tenant: _Optional[str] = ..., state: _Optional[_Union[SessionState, str]] = ..., sessions_ahead_count: _Optional[int] = ..., age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., chunk_count: _Optional[int] = ..., frame_count: _Optional[int] = ..., byte_count: _Optional[int] = ..., dropped_frame_count: _Optional[int] = ..., gateway_memory_byte_count: _Optional[int] = ...) -> None: ...

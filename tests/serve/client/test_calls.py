@@ -79,6 +79,7 @@ async def test_sessions_are_shown_listed_and_ended(keyed: dict[str, Any]) -> Non
             info = await owner.get_session(name)
             assert (info.session_id, info.tenant, info.state) == (name, "a", "RUNNING")
             assert info.age_s > 0
+            assert 0 < info.gateway_memory_bytes < 1 << 20  # a few small latents and what is not sent yet
             assert [listed.session_id for listed in await operator.list_sessions()] == [name]
             with pytest.raises(VideoServiceError) as caught:
                 await owner.end_session(name)

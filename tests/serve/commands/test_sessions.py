@@ -61,7 +61,8 @@ async def test_sessions_are_listed_shown_and_ended(
         call, name = await gateway.open("a")
         assert await command("sessions", "list", *server(gateway)) == 0
         head, row = capsys.readouterr().out.splitlines()
-        assert head.split() == ["session", "tenant", "state", "age", "ahead", "chunks", "frames", "dropped", "MB"]
+        counts = ["chunks", "frames", "dropped", "MB", "memory"]
+        assert head.split() == ["session", "tenant", "state", "age", "ahead", *counts]
         assert row.split()[:3] == [name, "a", "running"]
         assert await command("sessions", "show", name, "--json", *server(gateway)) == 0
         shown = json.loads(capsys.readouterr().out)
