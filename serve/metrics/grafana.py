@@ -213,7 +213,6 @@ def _variable(name: str, title: str, label: str) -> Json:
         "name": name,
         "label": title,
         "datasource": SOURCE,
-        "definition": query,
         "query": {"query": query, "refId": name},
         "refresh": 2,
         "sort": 1,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models import dashboard as model
 
 from serve.metrics import ALL
 from serve.metrics.dashboards import DASHBOARDS
@@ -82,6 +86,29 @@ def test_a_dashboard_can_be_narrowed_down(board: Dashboard) -> None:
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(document["panels"])))
     assert used - {"__rate_interval"} == set(variables)
     assert len({panel["id"] for panel in document["panels"]}) == len(document["panels"])
+
+
+def left_out(given: Any, kept: Any, path: str = "") -> Iterator[str]:
+    """Yield what of a document is not in another one."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for key, value in given.items():
+            yield from left_out(value, kept.get(key, "nothing"), f"{path}/{key}")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for index, (one, other) in enumerate(zip(given, kept, strict=True)):
+            yield from left_out(one, other, f"{path}/{index}")
+    elif given != kept:
+        yield f"{path}: {given!r}"
+
+
+@every_board
+def test_grafanas_own_model_of_a_dashboard_knows_all_that_is_in_it(board: Dashboard) -> None:
+    register_default_plugins()
+    document = json.loads(render(board))
+    understood = JSONEncoder(sort_keys=True).encode(model.Dashboard.from_json(document))
+    assert list(left_out(document, json.loads(understood))) == []
+    document["panels"][1]["fieldConfig"]["defaults"]["unitt"] = "s"
+    understood = JSONEncoder(sort_keys=True).encode(model.Dashboard.from_json(document))
+    assert [path.split("/")[-1] for path in left_out(document, json.loads(understood))] == ["unitt: 's'"]
 
 
 def test_the_manifests_hold_every_dashboard() -> None:
