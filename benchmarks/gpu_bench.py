@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import subprocess
 import time
 import zlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from _report import spread
 from torch import nn
 
 from causal_forcing.arithmetic import pass_flops
+from causal_forcing.commands.doctor import driver_version
 from causal_forcing.config import TransformerConfig
 from causal_forcing.engine import Engine
 from causal_forcing.presets import Preset
@@ -97,7 +97,7 @@ class Bench:
             properties = torch.cuda.get_device_properties(self.device)
             about |= {
                 "cuda": torch.version.cuda,
-                "driver": _driver(),
+                "driver": driver_version() or "unknown",
                 "capability": f"{properties.major}.{properties.minor}",
                 "multiprocessors": properties.multi_processor_count,
                 "memory_bytes": properties.total_memory,
@@ -205,12 +205,3 @@ def percentiles(values: list[float]) -> dict[str, float]:
     """Return median, 90th and 99th percentile."""
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {f"p{p}": round(cuts[p - 1], 2) for p in (50, 90, 99)}
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
-    except OSError:
-        return "unknown"
-    return found.stdout.split("\n")[0].strip() or "unknown"

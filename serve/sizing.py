@@ -56,22 +56,12 @@ def footprints(config: ServiceConfig) -> dict[str, Footprint]:
 def decode_tflops(config: ServiceConfig) -> float:
     """Return the decoding power that one viewer in real time takes, in TFLOP/s, at the largest size.
 
-    Counted on the meta device: the second latent frame of a scene, and as many a second as 16 frames take.
+    As many latent frames a second as 16 pixel frames take, none of them a scene's first.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from causal_forcing.arithmetic import decode_flops
 
-    from causal_forcing.weights.loading import build_vae, default_dtype
-
-    geometry, dtype = Geometry(*_largest(config)), default_dtype(config.device)
-    vae, _ = build_vae(config.model_preset.vae_config(config.vae))
-    state = vae.to(dtype).new_decoder_state(geometry, device=torch.device("meta"), dtype=dtype)
-    latents = torch.zeros(geometry.latent_shape(1), device="meta", dtype=dtype)
-    with torch.inference_mode():
-        vae.decode(latents, state)
-        with FlopCounterMode(display=False) as counter:
-            vae.decode(latents, state)
-    return float(counter.get_total_flops()) * FRAMES_PER_SECOND / TEMPORAL_STRIDE / 1e12
+    flops = decode_flops(config.model_preset.vae_config(config.vae), *_largest(config))
+    return flops * FRAMES_PER_SECOND / TEMPORAL_STRIDE / 1e12
 
 
 def _simulated() -> dict[str, Footprint]:
