@@ -109,7 +109,7 @@ clean: ## Remove what builds and runs leave behind.
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environment, too.
-	rm -rf $(VENV)
+	rm -rf $(VENV) examples/node/node_modules
 
 constraints: $(STAMP) ## Write constraints.txt from what is installed now.
 	{ echo '# The whole tested environment; written by `make constraints`.'; \

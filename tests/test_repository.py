@@ -181,6 +181,12 @@ def test_the_generated_protos_are_current(tmp_path: Path) -> None:
     assert {name: (ROOT / name).read_text() for name in fresh} == fresh, "run `make protos`"
 
 
+def test_type_checkers_see_the_types_of_every_package() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    packages = tool["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert [name for name in packages if not (ROOT / name / "py.typed").exists()] == []
+
+
 def test_the_changelog_has_a_section_for_what_is_not_released() -> None:
     assert re.search(r"^## Unreleased\n\n### \w+\n\n- ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
