@@ -12,7 +12,7 @@ from typing import Self
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
 
 from .errors import VideoServiceError
-from .events import Event, Frame, Reconnecting, StreamOptions, as_update
+from .events import Event, Frame, PromptApplied, PromptRefused, Reconnecting, StreamOptions, as_update
 from .session import AsyncVideoSession
 
 
@@ -53,8 +53,8 @@ class Retry:
 class AsyncReconnectingSession:
     """Iterates over the events of one session after another; a lost one is told as :class:`Reconnecting`.
 
-    A new session is a new video: its indices begin at 0, and it begins with the prompt that was sent last. It does not
-    go on where the lost one stopped.
+    A new session is a new video: its indices begin at 0, and it begins with the prompt that was sent last and not
+    refused. It does not go on where the lost one stopped.
 
     Args:
         open_session: Opens a session; nothing is sent until it is iterated over.
@@ -67,6 +67,7 @@ class AsyncReconnectingSession:
     ) -> None:
         self._open_session = open_session
         self._options = options
+        self._prompts = [as_update(options.prompt)]
         self._retry = retry
         self._numbers = itertools.count(1)
         self._attempt = 0
@@ -79,7 +80,7 @@ class AsyncReconnectingSession:
     async def __anext__(self) -> Event:
         if self._session is None:
             await asyncio.sleep(self._wait_s)
-            self._session = self._open_session(self._options)
+            self._session = self._open_session(replace(self._options, prompt=self._prompts[-1]))
         try:
             event = await anext(self._session)
         except VideoServiceError as error:
@@ -89,8 +90,15 @@ class AsyncReconnectingSession:
             await self.close()
             self._attempt, self._wait_s = self._attempt + 1, wait_s
             return Reconnecting(error, self._attempt, wait_s)
-        if isinstance(event, Frame):
-            self._attempt = 0
+        match event:
+            case Frame():
+                self._attempt = 0
+            case PromptApplied():
+                names = [prompt.prompt_id for prompt in self._prompts]
+                if event.prompt_id in names:
+                    self._prompts = self._prompts[names.index(event.prompt_id) :]
+            case PromptRefused():
+                self._prompts = [p for p in self._prompts if p.prompt_id != event.prompt_id] or self._prompts
         return event
 
     async def update_prompt(self, prompt: PromptUpdate | str) -> str:
@@ -98,7 +106,7 @@ class AsyncReconnectingSession:
         update = as_update(prompt)
         update = replace(update, prompt_id=update.prompt_id or f"prompt-{next(self._numbers)}")
         first = replace(update, transition_chunks=0, policy=SwitchPolicy.CROSS_ATTENTION)  # a first prompt has no past
-        self._options = replace(self._options, prompt=first)
+        self._prompts.append(first)
         if self._session is not None:
             await self._session.update_prompt(update)
         return update.prompt_id

@@ -15,6 +15,7 @@ from serve.client import (
     Event,
     Frame,
     PromptApplied,
+    PromptRefused,
     Reconnecting,
     Retry,
     Started,
@@ -23,7 +24,7 @@ from serve.client import (
     VideoServiceError,
 )
 from serve.errors import Unavailable
-from tests.serve.fakes import FakeBackends
+from tests.serve.fakes import FakeBackends, simulated
 from tests.serve.server import serving, serving_in_background
 from tests.serve.test_gateway_service import auth, keyed, running
 
@@ -139,6 +140,30 @@ async def test_a_lost_session_is_followed_by_one_under_the_prompt_sent_last() ->
     assert (first.frame_index, first.prompt_id) == (0, name)
     assert isinstance(events[-1], Ended)
     assert backends.is_clean
+
+
+async def test_a_refused_prompt_is_not_what_the_next_session_begins_with() -> None:
+    backends, names = FakeBackends(simulated(limits={"max_pending_prompts": 1})), list[str]()
+    applied, refused = list[str](), list[str]()
+    async with (
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.keep_streaming(StreamOptions("a fox", pacing="as_fast_as_possible"), AT_ONCE) as session,
+    ):
+        async for event in session:
+            if isinstance(event, Frame) and event.last_in_chunk and event.chunk_index == 1 and not names:
+                backends.encode_gate = asyncio.Event()
+                names = [await session.update_prompt(text) for text in ("snow", "rain")]
+            if isinstance(event, PromptRefused) and backends.encode_gate is not None:
+                refused.append(event.prompt_id)
+                backends.decode_failures.append(Unavailable("died", metadata=SOON))
+                backends.encode_gate.set()
+            if isinstance(event, PromptApplied):
+                applied.append(event.prompt_id)
+                if refused and event.chunk_index == 0:  # the next session's first
+                    await session.end()
+    assert refused == names[1:]
+    assert applied[-1] == names[0]
 
 
 async def test_tries_run_out_and_what_cannot_be_helped_is_raised_at_once() -> None:
