@@ -116,6 +116,8 @@ class SessionMeter:
             case "prompt_applied":
                 for prompt_id in message.prompt_applied.superseded_prompt_ids:
                     self._prompts_s.pop(prompt_id, None)
+            case "prompt_refused":
+                self._prompts_s.pop(message.prompt_refused.prompt_id, None)
             case "session_moved":
                 self._trace.moved(message.session_moved.reason)
                 self._recorder.session_moved(message.session_moved.interruption.ToNanoseconds() / 1e9)

@@ -245,3 +245,14 @@ async def test_an_error_is_counted_by_whose_it_is(code: grpc.StatusCode, reason:
     call.tells(error=pb.Error(status={"code": code.value[0]}, reason=reason))
     assert call.count("sessions_finished_total", outcome) == 1
     assert call.count("session_errors_total", reason) == call.count("session_rejects_total", reason) == 1
+
+
+async def test_a_prompt_that_is_refused_has_no_latency() -> None:
+    call = Call()
+    await config(call)
+    call.starts()
+    call.sends(0)
+    await call.asks(prompt=pb.PromptUpdate(prompt_id="second"))
+    call.tells(prompt_refused=pb.PromptRefused(prompt_id="second"))
+    call.sends(1, "second")
+    assert len(call.sink.observed["prompt_latency_seconds",]) == 1
