@@ -42,10 +42,10 @@ observe: $(STAMP) ## Run the service with Prometheus and a few viewers until Ctr
 	$(PYTHON) -m serve.observe $(ARGS)
 
 test: $(STAMP) ## Run every test (JOBS=2 processes; ARGS=... goes to pytest).
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow.
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadgroup -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) -m 'not slow' $(ARGS)
 
 lint: $(STAMP) ## Check style: ruff, formatting, protos.
 	$(PYTHON) -m ruff check .

@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from causal_forcing.prompts import PromptUpdate
 from serve.admission_actor import NAMESPACE
 from serve.app import APP_NAME, admission_name
-from serve.client import AsyncVideoClient, AsyncVideoSession, Event, Frame, StreamOptions
+from serve.client import AsyncVideoClient, AsyncVideoSession, Event, Frame, StreamOptions, VideoServiceError
 from serve.config import ServiceConfig, load_config
 from serve.frames import Pixels
 from serve.local import free_port, local_service
@@ -73,18 +73,17 @@ class Cluster:
         await eventually(self.counts, lambda counts: free.items() <= counts.items())
 
     async def until_reachable(self) -> None:
-        """Return when the proxy, which was killed, takes connections again."""
-        host, _, port = self.address.rpartition(":")
+        """Return when the proxy, which was killed, answers again."""
 
-        async def connects() -> bool:
-            try:
-                _, writer = await asyncio.open_connection(host, int(port))
-            except OSError:
-                return False
-            writer.close()
+        async def answers() -> bool:
+            async with AsyncVideoClient(self.address) as client:
+                try:
+                    await client.get_model()
+                except VideoServiceError:
+                    return False
             return True
 
-        await eventually(connects, bool)
+        await eventually(answers, bool)
 
     async def serves(self) -> None:
         """Check that a new session gets frames."""
