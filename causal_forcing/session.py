@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.device_errors import device_errors
 from causal_forcing.errors import DeviceFault, InvalidRequest, NonFiniteOutput, OutOfMemory, SessionStateError
 from causal_forcing.kv_cache import CacheLayout, KeyValueCache
 from causal_forcing.noise import NoiseSource, SeededNoise
@@ -334,14 +335,11 @@ class Session:
         if self.state.failed:
             raise SessionStateError(f"the session has failed: {self.state.failed}", reason="SESSION_FAILED")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), device_errors():
                 yield
-        except torch.OutOfMemoryError as error:
-            self.state.failed = "out of memory"
-            raise OutOfMemory(f"the device ran out of memory: {error}") from error
-        except torch.AcceleratorError as error:
-            self.state.failed = "device fault"
-            raise DeviceFault(f"the device failed: {error}") from error
+        except (OutOfMemory, DeviceFault) as error:
+            self.state.failed = "out of memory" if isinstance(error, OutOfMemory) else "device fault"
+            raise
 
 
 def cache_layout(config: SessionConfig) -> CacheLayout:

@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .config import ServiceConfig
 from .desk import AdmissionDesk
 from .errors import Unavailable
 from .logs import bound
@@ -30,6 +31,7 @@ from .messages import (
     Control,
     Decoded,
     DecodeRequest,
+    Encoded,
     EncodeImage,
     LeaseEvent,
     LeaseRequest,
@@ -37,9 +39,10 @@ from .messages import (
     PackedEmbedding,
     PackedTensor,
     Place,
+    Process,
 )
-from .silence import SilenceWatch, answers_its_health_check
-from .status import FailedElsewhere, Failure
+from .silence import AnswerWatch, SilenceWatch, answers_its_health_check
+from .status import DEVICE_FAULT, FailedElsewhere, Failure
 
 ATTEMPTS = 4
 """How often a call that may be repeated is made before the session ends."""
@@ -146,22 +149,31 @@ class RayBackends:
         text_encoder: DeploymentHandle[Any],
         generator: DeploymentHandle[Any],
         decoder: DeploymentHandle[Any],
-        generator_silence_s: float,
-        model: str,
+        config: ServiceConfig,
     ) -> None:
         self.mailbox = mailbox
         self._silence = SilenceWatch(
             unread=mailbox.unread.remote,
-            silence_s=generator_silence_s,
+            silence_s=config.generator.silence_timeout_s,
             answers=lambda replica_id: answers_its_health_check(replica_actor(generator, replica_id)),
-            end=lambda lease: end_replica(replica_actor(generator, lease.replica_id), lease),
+            end=lambda lease: end_replica(replica_actor(generator, lease.replica_id), lease.process),
         )
-        self._model = model
+        self._text_watch = _watch(text_encoder, config.text_encoder.silence_timeout_s)
+        self._decoder_watch = _watch(decoder, config.vae_decoder.silence_timeout_s)
+        self._model = config.model_key
         self._desk = desk
         self._text_encoder = text_encoder
         self._generator = generator.options(stream=True)
         self._decoder = decoder
         self._decoders: dict[str, str] = {}
+
+    def holdings(self) -> dict[str, int]:
+        """Return how much is kept of sessions: claims, watched leases, known decoders."""
+        return {
+            "tickets": self._desk.ticket_count,
+            "leases": self._silence.lease_count,
+            "decoders": len(self._decoders),
+        }
 
     def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue (see :meth:`AdmissionDesk.places`)."""
@@ -218,41 +230,38 @@ class RayBackends:
     async def encode(self, text: str) -> PackedEmbedding:
         """Return a prompt's embedding."""
         whose = bound().get("session_id", "")
-        answer: PackedEmbedding | Failure = await _insist(
-            lambda _: self._text_encoder.encode.remote(text, self._model, whose),
-            "the text encoder",
-            "TEXT_ENCODER_LOST",
-        )
-        if isinstance(answer, Failure):
-            raise FailedElsewhere(answer)
-        return answer
+
+        def call(_: int) -> Awaitable[Encoded | Failure]:
+            return self._text_watch.answer(self._text_encoder.encode.remote(text, self._model, whose))
+
+        answer = await _insist(call, "the text encoder", "TEXT_ENCODER_LOST")
+        self._text_watch.heard(answer.process)
+        return answer.embedding
 
     async def decode(self, request: DecodeRequest) -> Decoded:
         """Return a chunk's frames, or NEED_PRIME; after a death, from any decoder."""
 
         def call(attempt: int) -> Awaitable[Decoded | Failure]:
-            if request.replica_id and not attempt:
-                return self._decoder.decode.remote(replace(request, model=self._model))
-            self._decoders.pop(request.session_id, None)
-            loads = dict(Counter(self._decoders.values()))
-            return self._decoder.decode.remote(replace(request, replica_id="", loads=loads, model=self._model))
+            asked = replace(request, model=self._model)
+            if attempt or not request.replica_id:
+                self._decoders.pop(request.session_id, None)
+                asked = replace(asked, replica_id="", loads=dict(Counter(self._decoders.values())))
+            return self._decoder_watch.answer(self._decoder.decode.remote(asked))
 
-        answer: Decoded | Failure = await _insist(call, "the decoder", "DECODER_LOST")
-        if isinstance(answer, Failure):
-            raise FailedElsewhere(answer)
+        answer = await _insist(call, "the decoder", "DECODER_LOST")
+        if answer.process is not None:
+            self._decoder_watch.heard(answer.process)
         self._decoders[request.session_id] = answer.replica_id
         return answer
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor:
         """Return a start image's latents, from any decoder."""
-        answer: PackedTensor | Failure = await _insist(
-            lambda _: self._decoder.encode_image.remote(replace(request, model=self._model)),
-            "the decoder",
-            "DECODER_LOST",
-        )
-        if isinstance(answer, Failure):
-            raise FailedElsewhere(answer)
-        return answer
+        asked = replace(request, model=self._model)
+
+        def call(_: int) -> Awaitable[PackedTensor | Failure]:
+            return self._decoder_watch.answer(self._decoder.encode_image.remote(asked))
+
+        return await _insist(call, "the decoder", "DECODER_LOST")
 
     async def close_decoder(self, request: CloseDecoder) -> None:
         """Say that a session is over; a decoder that does not hear it forgets the session by itself."""
@@ -277,16 +286,25 @@ def replica_actor(deployment: DeploymentHandle[Any], replica_id: str) -> Any:  #
         return None
 
 
-def end_replica(actor: Any, lease: LeaseStarted) -> None:  # noqa: ANN401  (ray's handles are untyped)
+def end_replica(actor: Any, process: Process) -> None:  # noqa: ANN401  (ray's handles are untyped)
     """End a replica for everyone who waits for it, and its process, whatever that does; Serve starts another one.
 
     Ray asks a process to end itself, which a stopped one does not (measured), so another one on its node kills it.
     """
     if actor is not None:
         ray.kill(actor)
-    there = NodeAffinitySchedulingStrategy(lease.node_id, soft=False)
+    there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
     kill: Any = ray.remote(_kill)
-    kill.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(lease.process_id)
+    kill.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(process.process_id)
+
+
+def _watch(deployment: DeploymentHandle[Any], silence_s: float) -> AnswerWatch:
+    """Return what waits for a deployment's answers."""
+    return AnswerWatch(
+        silence_s,
+        answers=lambda replica_id: answers_its_health_check(replica_actor(deployment, replica_id)),
+        end=lambda process: end_replica(replica_actor(deployment, process.replica_id), process),
+    )
 
 
 def _kill(process_id: int) -> None:
@@ -296,13 +314,25 @@ def _kill(process_id: int) -> None:
             os.kill(process_id, signal.SIGKILL)
 
 
-async def _insist(call: Callable[[int], Awaitable[T]], what: str, reason: str) -> T:
-    """Return a call's answer; a replica that dies during it is not the end."""
+async def _insist(call: Callable[[int], Awaitable[T | Failure]], what: str, reason: str) -> T:
+    """Return a call's answer; a replica that dies during it is not the end, and one device fault is none either.
+
+    Raises:
+        Unavailable: If replicas died again and again.
+        FailedElsewhere: If the answer is a failure; a second device fault says that the request is the likely cause.
+    """
+    faults = 0
     for attempt in range(ATTEMPTS):
         try:
-            return await call(attempt)
+            answer = await call(attempt)
         except RayActorError as error:
             if attempt == ATTEMPTS - 1:
                 raise Unavailable(f"{what} died {ATTEMPTS} times", reason=reason) from error
-            await asyncio.sleep(RETRY_S * 2**attempt)
+        else:
+            if not isinstance(answer, Failure):
+                return answer
+            faults += answer.reason == DEVICE_FAULT
+            if faults != 1 or attempt == ATTEMPTS - 1:
+                raise FailedElsewhere(answer)
+        await asyncio.sleep(RETRY_S * 2**attempt)
     raise AssertionError("unreachable")

@@ -239,11 +239,17 @@ class TextEncoderConfig(WorkerConfig):
         autoscaling: Between how many replicas, instead of a fixed number.
         max_batch: Prompts of different sessions that are encoded together.
         batch_wait_s: How long a prompt waits for company.
+        step_timeout_s: How long a batch may take. A device that takes longer is taken for broken, and its process ends
+            itself.
+        silence_timeout_s: After this long without an answer the replicas are asked for their health, and one that does
+            not answer that either is ended.
     """
 
     autoscaling: CallScaling | None = None
     max_batch: Annotated[int, Field(ge=1, le=256)] = 8
     batch_wait_s: Annotated[float, Field(ge=0, le=1)] = 0.002
+    step_timeout_s: PositiveFloat = 60
+    silence_timeout_s: Annotated[float, Field(ge=1)] = 10
 
 
 class VaeDecoderConfig(WorkerConfig):
@@ -253,10 +259,15 @@ class VaeDecoderConfig(WorkerConfig):
         autoscaling: Between how many replicas, instead of a fixed number.
         cache_bytes: Memory for the temporal caches of sessions; the ones not used for longest are given up and made
             anew from latents when needed.
+        first_step_timeout_s: How long each of the first steps at a size may take (a chunk, or a frame of a cache that
+            is made anew); later ones are compared with those before them. As with the text encoder.
+        silence_timeout_s: As with the text encoder.
     """
 
     autoscaling: CallScaling | None = None
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 4 << 30
+    first_step_timeout_s: PositiveFloat = 120
+    silence_timeout_s: Annotated[float, Field(ge=1)] = 10
 
 
 PoolName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")]

@@ -108,6 +108,11 @@ class AdmissionDesk:
                 raise Unavailable("a new version of the service has taken over", reason="REPLICA_DRAINING")
             yield place
 
+    @property
+    def ticket_count(self) -> int:
+        """Sessions that wait or run."""
+        return len(self._tickets)
+
     async def confirm(self, session_id: str, replica_id: str) -> None:
         """Say that the lease began."""
         self._tickets[session_id] = replace(self._tickets[session_id], replica_id=replica_id, is_moving=False)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.device_errors import device_errors
+from causal_forcing.errors import NonFiniteOutput
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.resume import AppliedPrompt, StreamPoint, resume_session
 from causal_forcing.startup import StartUp
@@ -26,6 +28,8 @@ from .metrics import SILENT, Recorder
 from .metrics.drift import LatentStats
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from causal_forcing.engine import Engine
     from causal_forcing.session import Chunk, Session
     from causal_forcing.text_encoder import TextEncoder
@@ -225,10 +229,12 @@ class ModelGenerator:
         """Return the preset's defaults at one of the allowed sizes."""
         return self._config.model_preset.session_config(height=size[0], width=size[1])
 
+    @device_errors()
     def open(self, config: SessionConfig) -> GeneratorSession:
         """Return a fresh session."""
         return ModelSession(self._engine.new_session(config))
 
+    @device_errors()
     def resume(self, config: SessionConfig, resume: Resume) -> GeneratorSession:
         """Return a session that goes on from its last latents."""
         latents = {start: some.unpack() for start, some in resume.latents}
@@ -272,14 +278,17 @@ class ModelSession:
         parts = self._session.state.nbytes_by_part()
         return parts["self_attention"] + parts["cross_attention"]
 
+    @device_errors()
     def update_prompt(self, update: PromptUpdate, embeddings: Sequence[PackedEmbedding]) -> None:
         """Set what the next chunk shows."""
         self._session.update_prompt(update, unpack_embeddings(embeddings, self._session.engine))
 
+    @device_errors()
     def start_from(self, latents: PackedTensor) -> GeneratedChunk:
         """Begin with given latents."""
         return _packed(self._session, self._session.start_from(latents.unpack()))
 
+    @device_errors()
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
         """Return the next chunk on the host, or None if stopped."""
         from causal_forcing.sampler import Stopped
@@ -319,12 +328,14 @@ class ModelDecoder:
         self._config = config
         self._vae: Vae = load_vae(config.model_preset, config.vae, config.weights_dir, device=config.device)
 
+    @device_errors()
     def open(self, height: int, width: int) -> DecoderStream:
         """Return a fresh stream of that frame size."""
         from causal_forcing.geometry import Geometry
 
         return ModelStream(self._vae, self._vae.new_decoder_state(Geometry(height, width)))
 
+    @device_errors()
     def encode_image(self, frame: Pixels) -> PackedTensor:
         """Return the latents of one frame."""
         import torch
@@ -336,7 +347,7 @@ class ModelDecoder:
         some = next(iter(state.buffers.values()))
         with torch.inference_mode():
             pixels = from_frames(frame[None]).to(some.device, some.dtype)
-            return PackedTensor.pack(self._vae.encode(pixels, state))
+            return PackedTensor.pack(_finite(self._vae.encode(pixels, state)))
 
     def warm_up(self) -> None:
         """Decode two latent frames of the native size, a scene's first and a later one."""
@@ -360,10 +371,12 @@ class ModelStream:
         """Memory of the state."""
         return self._state.nbytes
 
+    @device_errors()
     def reset(self) -> None:
         """Begin a scene."""
         self._state.reset()
 
+    @device_errors()
     def decode(self, latents: PackedTensor) -> Sequence[Pixels]:
         """Return the pixel frames of the next latent frames."""
         import torch
@@ -373,7 +386,7 @@ class ModelStream:
         some = next(iter(self._state.buffers.values()))
         with torch.inference_mode():
             video = self._vae.decode(latents.unpack().to(some.device, some.dtype), self._state)
-            return list(to_frames(video.float()))
+            return list(to_frames(_finite(video).float()))
 
 
 class ModelText:
@@ -395,9 +408,21 @@ class ModelText:
         """Most of it."""
         return self._encoder.cache_bytes
 
+    @device_errors()
     def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
         """Return one embedding per text."""
-        return [PackedEmbedding(e.key, PackedTensor.pack(e.embeds)) for e in self._encoder.encode(texts)]
+        return [PackedEmbedding(e.key, PackedTensor.pack(_finite(e.embeds))) for e in self._encoder.encode(texts)]
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Return a tensor that holds neither NaN nor infinity.
+
+    Raises:
+        NonFiniteOutput: If it does.
+    """
+    if not bool(tensor.isfinite().all()):
+        raise NonFiniteOutput("a device has made NaN or infinity of finite numbers")
+    return tensor
 
 
 def unpack_embeddings(embeddings: Sequence[PackedEmbedding], engine: Engine) -> list[PromptEmbedding]:

@@ -52,14 +52,13 @@ class Gateway:
         self._tracing = Tracing(config.observability.tracing, replica_id)
         is_current = partial(succession.is_current, replica.app_name, admission)
         desk = AdmissionDesk(connect(admission, config), replica_id, is_current)
-        backends = RayBackends(
+        self._backends = backends = RayBackends(
             desk=desk,
             mailbox=start_mailbox(config.gateway.max_sessions),
             text_encoder=text_encoder,
             generator=generator,
             decoder=decoder,
-            generator_silence_s=config.generator.silence_timeout_s,
-            model=config.model_key,
+            config=config,
         )
         self._service = GatewayService(config, backends, desk, replica_id)
         desk.carry(self._service)
@@ -122,6 +121,8 @@ class Gateway:
         """Answer HTTP: `/healthz`, `/readyz`, `/version`."""
         return await self._http.respond(request)
 
-    async def session_count(self) -> int:
-        """Return the number of sessions that this replica carries."""
-        return self._service.session_count
+    async def holdings(self) -> dict[str, int]:
+        """Return what this process keeps for sessions: all zero, but for its own tasks, when there are none."""
+        logs: int = await self._backends.mailbox.count.remote()
+        tasks = len(asyncio.all_tasks())
+        return {"sessions": self._service.session_count, "logs": logs, **self._backends.holdings(), "tasks": tasks}

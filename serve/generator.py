@@ -21,13 +21,13 @@ import ray
 from ray import serve
 from ray.exceptions import RayActorError
 
-from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory, SessionStateError
+from causal_forcing.errors import DeviceFault, SessionStateError
 
 from .admission_actor import connect
 from .budget import session_budget
 from .config import ServiceConfig
 from .detached import detached
-from .device import StepClock, end_process, run_within
+from .device import DEVICE_FAULTS, StepClock, end_process, run_within
 from .engines import GeneratorEngine, GeneratorSession, load_generator
 from .errors import Unavailable
 from .logs import LOGGER, bind, set_up
@@ -57,9 +57,6 @@ from .succession import refusal
 
 POLL_S = 2.0
 """How long one poll of the mailbox waits; the next one also says that this process is not frozen."""
-
-DEVICE_FAULTS = (DeviceFault, OutOfMemory, NonFiniteOutput)
-"""Errors after which a replica is not to be trusted with another session."""
 
 FAULT_EXIT_S = 10.0
 """After a device fault Serve stops this replica; if it is still there after this long, its device's thread hangs or
@@ -380,7 +377,7 @@ class GeneratorService:
         if isinstance(lease.error, DEVICE_FAULTS) and self._fault is None:
             self._fault = type(lease.error).__name__
             self._meter.failed(lease.error.reason)
-            LOGGER.error("this replica is to be replaced after %s", lease.error)
+            LOGGER.error("this replica is to be replaced after %s", str(lease.error))  # a record may be kept
             self._on_fault()
             await self._reporter.close()
 

@@ -358,6 +358,34 @@ Control = SetPrompt | Credit | SetPaused | StartFrom | Stop
 
 
 @dataclass(frozen=True)
+class Process:
+    """Where a replica runs, for whoever has to end it from outside.
+
+    Attributes:
+        replica_id: The replica.
+        process_id: Its process.
+        node_id: The node that this is on.
+    """
+
+    replica_id: str
+    process_id: int
+    node_id: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text encoder's answer.
+
+    Attributes:
+        embedding: Of the prompt.
+        process: Who answered.
+    """
+
+    embedding: PackedEmbedding
+    process: Process
+
+
+@dataclass(frozen=True)
 class LeaseStarted:
     """The lease began.
 
@@ -370,6 +398,11 @@ class LeaseStarted:
     replica_id: str
     process_id: int = field(default=0, compare=False)
     node_id: str = field(default="", compare=False)
+
+    @property
+    def process(self) -> Process:
+        """Who serves the lease."""
+        return Process(self.replica_id, self.process_id, self.node_id)
 
 
 @dataclass(frozen=True)
@@ -471,6 +504,7 @@ class Decoded:
         decode_s: Time from latents to pixels.
         encode_s: Time from pixels to bytes.
         prime_s: Time to rebuild the cache, when that was needed.
+        process: Who answered.
     """
 
     replica_id: str
@@ -478,6 +512,7 @@ class Decoded:
     decode_s: float = 0.0
     encode_s: float = 0.0
     prime_s: float = 0.0
+    process: Process | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ from collections.abc import AsyncGenerator
 from .config import Limits
 from .errors import Unavailable
 from .messages import GeneratedChunk, LeaseEnded, LeaseEvent
-from .status import FailedElsewhere, Failure, failure_of
+from .status import DEVICE_FAULT, FailedElsewhere, Failure, failure_of
 
 PROGRESS_CHUNKS = 16
 """A session that has made this many chunks since its last move is not what breaks its generators."""
-
-DEVICE_FAULT = "DEVICE_FAULT"
-"""Reason of every failure of a device."""
 
 
 class GeneratorLost(Exception):

@@ -2,7 +2,8 @@
 
 `simulated.fault_dir` names the folder; users cannot reach it, and an engine that computes never looks. At its next
 chunk, a generator that finds a file there takes it away and does what its name says; a file whose name ends with
-``-always`` stays, and strikes every chunk of every generator.
+``-always`` stays, and strikes every chunk of every generator. Names that begin with ``decoder-`` or ``text-`` are meant
+for the next decode call or batch of prompts.
 
 | file | what happens |
 |---|---|
@@ -59,15 +60,15 @@ FAULTS: Mapping[str, Callable[[Path], None]] = MappingProxyType(
 """What happens, by the file's name."""
 
 
-def strike(folder: Path | None) -> None:
-    """Do what a planted file says, if there is one."""
+def strike(folder: Path | None, part: str = "") -> None:
+    """Do what a planted file says, if there is one whose name begins with ``part``."""
     if folder is None:
         return
     for name, happen in FAULTS.items():
-        if (folder / f"{name}{ALWAYS}").exists():
+        if (folder / f"{part}{name}{ALWAYS}").exists():
             happen(folder)
         try:
-            (folder / name).unlink()
+            (folder / f"{part}{name}").unlink()
         except FileNotFoundError:
             continue
         happen(folder)

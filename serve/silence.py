@@ -1,4 +1,4 @@
-"""Generators that say nothing any more: a process that is stopped, or blocked in a driver, neither dies nor answers.
+"""Replicas that say nothing any more: a process that is stopped, or blocked in a driver, neither dies nor answers.
 
 Every generator polls its log in the mailbox at least every few seconds, whatever its device does. When it does not, and
 does not answer its own health check either, its gateway ends the process, as Serve would a good deal later: the lease
@@ -10,19 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayError
 
 from .detached import detached
 from .logs import LOGGER
-from .messages import LeaseStarted
+from .messages import LeaseStarted, Process
 
 LOOK_EVERY_S = 1.0
 """Pause between two looks at the mailbox."""
 
 ANSWER_S = 5.0
-"""How long a silent generator may take to answer its health check."""
+"""How long a silent replica may take to answer its health check."""
+
+MAX_KNOWN = 1024
+"""Replicas that are remembered, the ones heard last; most of them may be long gone."""
+
+T = TypeVar("T")
 
 
 class SilenceWatch:
@@ -49,6 +54,11 @@ class SilenceWatch:
         self._leases: dict[str, LeaseStarted] = {}
         self._loop: asyncio.Task[None] | None = None
 
+    @property
+    def lease_count(self) -> int:
+        """Leases that are watched."""
+        return len(self._leases)
+
     @contextlib.contextmanager
     def over(self, log_id: str, lease: LeaseStarted) -> Iterator[None]:
         """Watch the generator that reads a log, for as long as the block lasts."""
@@ -74,6 +84,61 @@ class SilenceWatch:
             if not await self._answers(replica_id):
                 LOGGER.error("generator %s has been silent for %g s and is ended", replica_id, self._silence_s)
                 self._end(lease)
+
+
+class AnswerWatch:
+    """Waits for a deployment's answers, and ends those of its replicas that are frozen.
+
+    A call that takes long may only wait for its turn, or for much work; so a replica is ended when it does not answer
+    its health check either. Only replicas that have answered before are looked at: one that starts may say nothing.
+
+    Args:
+        silence_s: How long a call may go without an answer before the replicas are looked at.
+        answers: Asks a replica whether it is well; False if it does not answer.
+        end: Ends a replica's process.
+    """
+
+    def __init__(
+        self, silence_s: float, answers: Callable[[str], Awaitable[bool]], end: Callable[[Process], None]
+    ) -> None:
+        self._silence_s = silence_s
+        self._answers = answers
+        self._end = end
+        self._known: dict[str, Process] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    def heard(self, process: Process) -> None:
+        """Take note of a replica that has answered."""
+        self._known.pop(process.replica_id, None)
+        self._known[process.replica_id] = process
+        while len(self._known) > MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    async def answer(self, call: Awaitable[T]) -> T:
+        """Return a call's answer, however long it takes, as long as the replicas are alive."""
+        job = asyncio.ensure_future(_awaited(call))
+        try:
+            while not (await asyncio.wait([job], timeout=self._silence_s))[0]:
+                if self._looking is None or self._looking.done():
+                    self._looking = detached(self._look())
+                await asyncio.shield(self._looking)
+            return job.result()
+        finally:
+            job.cancel()
+
+    async def _look(self) -> None:
+        """End every replica that does not answer."""
+        known = list(self._known.values())
+        answers = await asyncio.gather(*(self._answers(process.replica_id) for process in known))
+        for process, is_well in zip(known, answers, strict=True):
+            if not is_well:
+                LOGGER.error("replica %s is silent and is ended", process.replica_id)
+                self._known.pop(process.replica_id, None)
+                self._end(process)
+
+
+async def _awaited(call: Awaitable[T]) -> T:
+    return await call
 
 
 async def answers_its_health_check(replica: Any) -> bool:  # noqa: ANN401  (ray's handles are untyped)

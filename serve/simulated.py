@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -142,11 +143,12 @@ class SimulatedDecoder:
     def __init__(self, config: ServiceConfig) -> None:
         self._sleep_s = config.simulation.decode_ms / 1000 / config.model_preset.chunk_frames
         self._picture_px = config.simulation.picture_px
+        self._fault_dir = config.simulation.fault_dir
         self.min_frame_bytes = config.simulation.frame_bytes
 
     def open(self, height: int, width: int) -> SimulatedStream:
         """Return a fresh stream."""
-        return SimulatedStream(height, width, self._sleep_s, self._picture_px)
+        return SimulatedStream(height, width, self._sleep_s, self._picture_px, self._fault_dir)
 
     def encode_image(self, frame: Pixels) -> PackedTensor:
         """Return latents that carry the frame's mean colour."""
@@ -164,7 +166,10 @@ class SimulatedStream:
 
     nbytes = 1 << 20
 
-    def __init__(self, height: int, width: int, sleep_s: float, picture_px: int | None = None) -> None:
+    def __init__(
+        self, height: int, width: int, sleep_s: float, picture_px: int | None = None, fault_dir: Path | None = None
+    ) -> None:
+        self._fault_dir = fault_dir
         self._latent_rows = height // SPATIAL_STRIDE
         self._shape = (picture_px or height, picture_px or width, 3)
         self._sleep_s = sleep_s
@@ -177,6 +182,7 @@ class SimulatedStream:
     def decode(self, latents: PackedTensor) -> Sequence[Pixels]:
         """Return one flat picture for a scene's first latent frame and four for every other."""
         assert latents.data.shape[3] == self._latent_rows
+        strike(self._fault_dir, "decoder-")
         frames: list[Pixels] = []
         for frame in range(latents.frames):
             time.sleep(self._sleep_s)
@@ -194,9 +200,11 @@ class SimulatedText:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._sleep_s = config.simulation.encode_ms / 1000
+        self._fault_dir = config.simulation.fault_dir
 
     def encode(self, texts: Sequence[str]) -> list[PackedEmbedding]:
         """Return an embedding of one number per text."""
+        strike(self._fault_dir, "text-")
         time.sleep(self._sleep_s)
         keys = [f"{zlib.crc32(text.encode()):08x}" for text in texts]
         return [PackedEmbedding(key, PackedTensor(np.zeros((1, 1, 1), np.float32), "float32")) for key in keys]

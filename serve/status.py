@@ -59,6 +59,9 @@ MAX_CAUSES = 5
 MAX_DETAILS = 1000
 """Longest status text; trailers are limited to a few kilobytes."""
 
+DEVICE_FAULT = "DEVICE_FAULT"
+"""Reason of every failure of a device."""
+
 _CODES: dict[type[CausalForcingError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     SessionStateError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -157,7 +160,7 @@ def failure_of(error: BaseException) -> Failure:
     reason, metadata = known.reason, dict(known.metadata)
     is_fault = isinstance(known, _DEVICE_FAULTS)
     if is_fault:
-        reason, metadata["cause"] = "DEVICE_FAULT", known.reason
+        reason, metadata["cause"] = DEVICE_FAULT, known.reason
     can_retry = known.retryable or is_fault  # the replica is replaced, so even a lack of memory may be over
     retry = float(metadata.pop("retry_after_s", RETRY_AFTER_S)) if can_retry else None
     failure = Failure(code.name, reason, known.message, metadata, retry)

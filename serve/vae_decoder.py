@@ -9,20 +9,23 @@ given up first.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+import ray
 from ray import serve
 
 from . import logs
 from .config import ServiceConfig
+from .device import Warden
 from .engines import DecoderEngine, DecoderStream, load_decoder
 from .frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
 from .images import read_start_image
-from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor
+from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor, Process
 from .metrics import SILENT, Place, Recorder
 from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
@@ -136,17 +139,12 @@ class DecoderService:
     """Decodes and encodes for many sessions, on one thread each."""
 
     def __init__(
-        self,
-        engine: DecoderEngine,
-        replica_id: str,
-        cache_bytes: int,
-        device: ThreadPoolExecutor,
-        recorder: Recorder = SILENT,
+        self, engine: DecoderEngine, replica_id: str, cache_bytes: int, warden: Warden, recorder: Recorder = SILENT
     ) -> None:
         self._recorder = recorder
         self._engine = engine
         self._replica_id = replica_id
-        self._device = device
+        self._device = warden
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._priming = asyncio.Semaphore(MAX_PRIMING)
         self.cache = DecoderCache(cache_bytes)
@@ -154,10 +152,15 @@ class DecoderService:
         recorder.cache_limit("decoder", cache_bytes)
 
     async def decode(self, request: DecodeRequest) -> Decoded:
-        """Return a chunk's encoded frames, or NEED_PRIME."""
+        """Return a chunk's encoded frames, or NEED_PRIME.
+
+        Raises:
+            DeviceFault: If the device failed; likewise ``OutOfMemory`` and ``NonFiniteOutput``, so that a picture that
+                is not made of numbers is never shown.
+        """
         entry = self.cache.find(request.session_id, time.monotonic())
         if entry is None:
-            stream = await _run(self._device, lambda: self._engine.open(request.height, request.width))
+            stream = await self._device.run(lambda: self._engine.open(request.height, request.width))
             entry = self.cache.add(request.session_id, stream, time.monotonic())
         async with entry.lock:
             if entry.last is not None and entry.next_chunk == request.chunk_index + 1:
@@ -171,9 +174,9 @@ class DecoderService:
             encoder, entry.encoder = entry.encoder if ready else None, None
             prime_s = 0.0
             if request.starts_scene:
-                await _run(self._device, entry.stream.reset)
+                await self._device.run(entry.stream.reset)
             elif not ready and request.history is not None:
-                prime_s = await self._prime(entry.stream, request.history)
+                prime_s = await self._prime(entry.stream, request.history, (request.height, request.width))
             if encoder is None:
                 encoder = new_encoder(request.format, request.height, request.width, self._engine.min_frame_bytes)
             answer = await self._frames(entry.stream, encoder, request)
@@ -190,7 +193,7 @@ class DecoderService:
             InvalidRequest: If the file is damaged (field ``start_image``).
         """
         frame = await _run(self._encoder, lambda: read_start_image(request.data, request.height, request.width))
-        return await _run(self._device, lambda: self._engine.encode_image(frame))
+        return await self._device.run(lambda: self._engine.encode_image(frame))
 
     def look(self, _elapsed_s: float = 0.0) -> None:
         """Record what the cache holds, and what was asked of it."""
@@ -200,14 +203,14 @@ class DecoderService:
             decoded=counts.decoded, repeated=counts.repeated, missed=counts.missed, evicted=self.cache.evictions
         )
 
-    async def _prime(self, stream: DecoderStream, history: PackedTensor) -> float:
+    async def _prime(self, stream: DecoderStream, history: PackedTensor, size: tuple[int, int]) -> float:
         """Make the cache anew from the latents before the chunk, a frame at a time between other sessions' work."""
         start = time.perf_counter()
         async with self._priming:
-            await _run(self._device, stream.reset)
+            await self._device.run(stream.reset)
             for frame in range(history.frames):
                 latents = history.frame_slice(frame, frame + 1)
-                await _run(self._device, lambda latents=latents: stream.decode(latents))  # type: ignore[misc]
+                await self._device.run(lambda latents=latents: stream.decode(latents), ("prime", *size))  # type: ignore[misc]
         self.counts.primed += 1
         prime_s = time.perf_counter() - start
         self._recorder.primed(prime_s)
@@ -222,7 +225,7 @@ class DecoderService:
             start = time.perf_counter()
             return encode_all(encoder, pixels, request), time.perf_counter() - start
 
-        pixels, decode_s = await _run(self._device, decode)
+        pixels, decode_s = await self._device.run(decode, ("decode", request.height, request.width))
         self._recorder.stage("decode", decode_s)
         if not request.encode:
             return Decoded(self._replica_id, (), decode_s)
@@ -241,14 +244,19 @@ class VaeDecoder:
         engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config, recorder)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._model = config.model_key
-        self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, device, recorder)
+        self._process = Process(replica_id, os.getpid(), ray.get_runtime_context().get_node_id())
+        self._warden = Warden(device, config.vae_decoder.first_step_timeout_s)
+        self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, self._warden, recorder)
         watch_replica(recorder, config, Place.DECODER, self._service.look)
 
     async def decode(self, request: DecodeRequest) -> Decoded | Failure:
         """Return a chunk's encoded frames, or NEED_PRIME, or why there are none."""
         logs.bind(session_id=request.session_id)
+        refused = refusal(request.model, self._model)
+        if refused is not None:
+            return refused
         try:
-            return refusal(request.model, self._model) or await self._service.decode(request)
+            return replace(await self._service.decode(request), process=self._process)
         except Exception as error:  # noqa: BLE001  (the gateway is told, and the log has the session)
             return failure_of(error)
 
@@ -260,13 +268,18 @@ class VaeDecoder:
         except Exception as error:  # noqa: BLE001  (the gateway is told, and the log has the session)
             return failure_of(error)
 
+    async def check_health(self) -> None:
+        """Raise after a device fault, so that Serve replaces this replica."""
+        self._warden.require_healthy()
+
     async def close(self, request: CloseDecoder) -> None:
         """Forget a session."""
         self._service.cache.drop(request.session_id)
 
-    async def cached_sessions(self) -> int:
-        """Return the number of temporal caches."""
-        return len(self._service.cache)
+    async def holdings(self) -> dict[str, int]:
+        """Return what this process keeps for sessions: all zero, but for its own tasks, when there are none."""
+        cache = self._service.cache
+        return {"caches": len(cache), "cache_bytes": cache.nbytes, "tasks": len(asyncio.all_tasks())}
 
 
 def encode_all(encoder: FrameEncoder, pixels: Sequence[Pixels], request: DecodeRequest) -> tuple[EncodedFrame, ...]:

@@ -150,6 +150,7 @@ def test_an_error_of_the_callers_own_is_passed_on_and_nothing_is_lost():
     [
         (torch.OutOfMemoryError("40 GiB wanted"), OutOfMemory, "OUT_OF_MEMORY"),
         (torch.AcceleratorError("an illegal memory access"), DeviceFault, "DEVICE_FAULT"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), DeviceFault, "DEVICE_FAULT"),
     ],
 )
 @pytest.mark.parametrize("number", [3, 150])

@@ -16,6 +16,7 @@ from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 from causal_forcing.resume import StreamPoint
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import ServiceConfig, load_config
+from serve.device import Warden
 from serve.errors import Unavailable
 from serve.generator import Lease
 from serve.inputs import StreamInput
@@ -139,7 +140,9 @@ class FakeBackends:
         self._worker = ThreadPoolExecutor(1)
         self._engine = SimulatedGenerator(self.service)
         self._text = SimulatedText(self.service)
-        self.decoder = DecoderService(SimulatedDecoder(self.service), DECODER, 1 << 30, ThreadPoolExecutor(1))
+        self.decoder = DecoderService(
+            SimulatedDecoder(self.service), DECODER, 1 << 30, Warden(ThreadPoolExecutor(1), 60.0)
+        )
         self._places: asyncio.Queue[Place] = asyncio.Queue()
 
     async def places(self, claim: Claim) -> AsyncGenerator[Place]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -11,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from causal_forcing.config import SessionConfig
 from serve.config import ServiceConfig
 from serve.generator import GeneratorService, Lease
 from serve.memory import SessionMemory
 from serve.messages import Credit, GeneratedChunk, LeaseEnded, LeaseStarted, Stop
-from serve.simulated import SimulatedGenerator
+from serve.simulated import SimulatedGenerator, SimulatedSession
 from tests.serve.fakes import embedding, simulated, update
 from tests.serve.test_generator import Bench, Reports
 
@@ -26,7 +29,7 @@ CAUSES = {"nan": "NON_FINITE_OUTPUT", "oom": "OUT_OF_MEMORY", "cuda": "DEVICE_FA
 def planted(tmp_path: Path) -> Iterator[Path]:
     """A folder for faults; a step that hangs ends when it goes."""
     yield tmp_path
-    shutil.rmtree(tmp_path)
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def faulty(folder: Path) -> ServiceConfig:
@@ -55,6 +58,43 @@ async def test_a_device_fault_ends_the_lease_and_the_replica_is_to_be_replaced(f
     with pytest.raises(RuntimeError, match="not to be trusted"):
         service.require_healthy()
     assert not (planted / fault).exists()
+
+
+class Watched(SimulatedGenerator):
+    """Keeps weak references to its sessions: what holds a user's gigabytes in a real engine."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        super().__init__(config)
+        self.opened: list[weakref.ref[SimulatedSession]] = []
+
+    def open(self, config: SessionConfig) -> SimulatedSession:
+        session = super().open(config)
+        self.opened.append(weakref.ref(session))
+        return session
+
+
+@pytest.mark.parametrize("fault", [*CAUSES, "error"])
+async def test_a_sessions_memory_is_given_back_after_a_fault(fault: str, planted: Path) -> None:
+    engine = Watched(faulty(planted))
+    bench = Bench(engine=engine)
+    service = GeneratorService(bench.engine, bench.worker, "g1", Reports(), first_chunk_s=0.05)
+    bench.prompt("a")
+    async with aclosing(service.lease(bench.request)) as events:
+        assert await anext(events) == LeaseStarted("g1")
+        assert isinstance(await anext(events), GeneratedChunk)
+        (planted / fault).touch()
+        bench.room.put("s", Credit(0))
+        rest = [event async for event in events]
+        assert engine.opened[0]() is not None
+    assert isinstance(rest[-1], LeaseEnded)
+    if fault == "hang":
+        shutil.rmtree(planted)  # the step ends; until then its thread holds the session
+    del events, rest, bench.lease
+    await asyncio.get_running_loop().run_in_executor(bench.worker, int)  # the device's thread lets go of its last step
+    async with asyncio.timeout(20):
+        while engine.opened[0]() is not None:
+            gc.collect()
+            await asyncio.sleep(0.01)
 
 
 async def test_an_error_that_is_not_the_devices_leaves_the_replica_in_service(planted: Path) -> None:

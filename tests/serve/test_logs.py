@@ -13,10 +13,11 @@ import pytest
 
 from causal_forcing.errors import DeviceFault, InvalidRequest
 from serve.access_config import LogConfig
+from serve.device import Warden
 from serve.frames import Codec, FrameFormat
 from serve.generator import GeneratorService
 from serve.logs import LOGGER, FieldsFilter, bind, set_up
-from serve.messages import DecodeRequest, EncodeImage, PackedEmbedding
+from serve.messages import DecodeRequest, Encoded, EncodeImage, PackedEmbedding, Process
 from serve.simulated import SimulatedDecoder
 from serve.status import Failure
 from serve.text_encoder import TextEncoder
@@ -58,7 +59,7 @@ class FailingText:
 def encoder(together: int) -> TextEncoder:
     """Return a text encoder that waits for so many texts, as Serve's batching does."""
     made: Any = object.__new__(TextEncoder)
-    made._engine, made._model = FailingText(), MODEL
+    made._engine, made._model, made._process = FailingText(), MODEL, Process("t1", 1, "node")
     texts, encoded = list[str](), asyncio.get_running_loop().create_future()
 
     async def batch(text: str) -> object:
@@ -79,7 +80,7 @@ async def test_prompts_that_are_encoded_together_fail_alone_each_under_its_sessi
     texts = encoder(len(asked))
     calls = [asyncio.create_task(texts.encode(text, MODEL, name)) for text, name in asked]
     good, bad, worse = await asyncio.gather(*calls)
-    assert isinstance(good, PackedEmbedding)
+    assert isinstance(good, Encoded)
     assert isinstance(bad, Failure)
     assert isinstance(worse, Failure)
     assert [(answer.code, answer.reason) for answer in (bad, worse)] == [
@@ -106,7 +107,7 @@ async def test_a_generators_records_name_the_session(log: pytest.LogCaptureFixtu
 
 def decoder(monkeypatch: pytest.MonkeyPatch) -> VaeDecoder:
     """Return a decoder without Serve around it, which cannot decode anything."""
-    service = DecoderService(SimulatedDecoder(simulated()), "d1", 1 << 30, ThreadPoolExecutor(1))
+    service = DecoderService(SimulatedDecoder(simulated()), "d1", 1 << 30, Warden(ThreadPoolExecutor(1), 60.0))
     made: Any = object.__new__(VaeDecoder)
     made._service, made._model = service, MODEL
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
 from serve.mailbox import MailboxRoom
-from serve.messages import LeaseStarted, Stop
-from serve.silence import SilenceWatch, answers_its_health_check
+from serve.messages import LeaseStarted, Process, Stop
+from serve.silence import MAX_KNOWN, AnswerWatch, SilenceWatch, answers_its_health_check
 
 
 async def test_a_log_is_unread_when_nobody_waits_at_it() -> None:
@@ -63,3 +64,66 @@ async def test_death_and_illness_are_answers(answer: Exception | None) -> None:
 
 async def test_a_replica_that_is_gone_needs_no_end() -> None:
     assert await answers_its_health_check(None)
+
+
+@pytest.mark.parametrize(("frozen", "ended"), [({"d2"}, ["d2"]), (set[str](), [])])
+async def test_a_call_without_an_answer_has_the_replicas_looked_at(frozen: set[str], ended: list[str]) -> None:
+    answer, asked, done = asyncio.get_running_loop().create_future(), list[str](), list[str]()
+
+    async def answers(replica_id: str) -> bool:
+        asked.append(replica_id)
+        if len(asked) == 4 and not answer.done():
+            answer.set_result("frames")
+        return replica_id not in frozen
+
+    watch = AnswerWatch(0.01, answers, lambda process: done.append(process.replica_id))
+    for name in ("d1", "d2"):
+        watch.heard(Process(name, 7, "node"))
+    async with asyncio.timeout(20):
+        if frozen:
+            answer.get_loop().call_later(0.1, answer.set_result, "frames")
+        assert await watch.answer(answer) == "frames"
+    assert done == ended
+    assert asked[:2] == ["d1", "d2"]
+    assert asked[2:] == [name for name in asked[2:] if name not in frozen], "what was ended is not asked again"
+
+
+async def test_an_answer_in_time_and_an_error_pass_and_nobody_is_looked_at() -> None:
+    async def answers(_: str) -> bool:
+        raise AssertionError("nobody was silent")
+
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    async def frames() -> str:
+        return "frames"
+
+    watch = AnswerWatch(60.0, answers, lambda _: None)
+    assert await watch.answer(frames()) == "frames"
+    with pytest.raises(ValueError, match="broken"):
+        await watch.answer(fail())
+
+
+async def test_a_caller_that_leaves_takes_its_call_with_it() -> None:
+    begun, left = asyncio.Event(), asyncio.Event()
+
+    async def call() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    waiting = asyncio.create_task(AnswerWatch(60.0, lambda _: asyncio.sleep(0, True), lambda _: None).answer(call()))
+    await begun.wait()
+    waiting.cancel()
+    async with asyncio.timeout(20):
+        await left.wait()
+
+
+def test_replicas_that_are_long_gone_are_forgotten() -> None:
+    watch = AnswerWatch(60.0, lambda _: asyncio.sleep(0, True), lambda _: None)
+    for number in range(MAX_KNOWN + 5):
+        watch.heard(Process(f"d{number}", number, "node"))
+    assert len(watch._known) == MAX_KNOWN
+    assert "d4" not in watch._known

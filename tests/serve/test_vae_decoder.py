@@ -17,6 +17,7 @@ from causal_forcing.config import VaeConfig
 from causal_forcing.geometry import Geometry
 from causal_forcing.media import from_frames, to_frames
 from causal_forcing.vae import WanVae
+from serve.device import Warden
 from serve.engines import ModelStream
 from serve.frames import Codec, FrameFormat, Pixels, decode_frame
 from serve.messages import Decoded, DecodeRequest, EncodeImage, PackedTensor
@@ -47,7 +48,7 @@ LATENTS = torch.randn(1, 16, 44, SIZE // 8, SIZE // 8, generator=torch.Generator
 
 
 def service(cache_bytes: int = 1 << 40, sink: MemorySink | None = None) -> DecoderService:
-    return DecoderService(ENGINE, "d", cache_bytes, ThreadPoolExecutor(1), Recorder(sink))
+    return DecoderService(ENGINE, "d", cache_bytes, Warden(ThreadPoolExecutor(1), 60.0), Recorder(sink))
 
 
 def request(index: int, session: str = "s", **fields: Any) -> DecodeRequest:
