@@ -10,11 +10,15 @@ STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
 BENCHMARKS := end_to_end dit restore vae gateway_path grant_router admission
 JOBS ?= 2
+SESSIONS ?= 1000
+TRIALS ?= 200
+KILLS ?= 5
+DURATION ?= 10
 ARGS ?=
 
 .PHONY: gpu-check help node-example setup demo showcase serve observe test test-fast test-scope lint type format check \
 	manifests protos protos-breaking parity bench \
-	bench-serve full-size \
+	bench-serve bench-cancel soak leaks full-size \
 	readme-numbers constraints clean distclean
 
 help: ## Print this list.
@@ -94,6 +98,16 @@ bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity
 	$(PYTHON) benchmarks/serve_profiles.py
 	$(PYTHON) benchmarks/serve_capacity.py --profile
 	$(MAKE) readme-numbers
+
+bench-cancel: $(STAMP) ## Measure how soon a generator is free, and what a kill costs (TRIALS=200 KILLS=5; 20 minutes).
+	$(PYTHON) benchmarks/serve_cancel.py --trials $(TRIALS) --kills $(KILLS)
+	$(MAKE) readme-numbers
+
+soak: $(STAMP) ## Let viewers come and go for 10 minutes (DURATION=minutes): memory stays flat, nothing is left.
+	$(PYTHON) benchmarks/serve_soak.py --minutes $(DURATION)
+
+leaks: $(STAMP) ## Have 1,000 short sessions (SESSIONS=N) and look for what they leave behind (2 minutes).
+	$(PYTHON) benchmarks/serve_leaks.py --sessions $(SESSIONS)
 
 full-size: $(STAMP) ## Load and run parts of the real sizes, with random weights (12 GB of disk and memory).
 	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/full_size.py $(ARGS)
