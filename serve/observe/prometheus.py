@@ -20,6 +20,7 @@ import yaml
 
 from causal_forcing.errors import InvalidRequest
 from serve.errors import Unavailable
+from serve.local import require_free_port
 
 from .rules import scraped_names, write_groups
 
@@ -75,11 +76,12 @@ def prometheus(
         lan: Whether other machines (a Grafana) may ask it.
 
     Raises:
-        InvalidRequest: If it is not installed.
+        InvalidRequest: If it is not installed, or the port is taken (field ``port``).
         Unavailable: If it does not start.
     """
     if shutil.which("prometheus") is None:
         raise InvalidRequest("prometheus", None, "must be installed, e.g. apt-get install prometheus")
+    require_free_port("port", port)
     folder.mkdir(parents=True, exist_ok=True)
     write_groups(folder / "rules.yaml")
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(_configuration(targets, interval_s)))
