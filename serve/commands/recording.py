@@ -148,6 +148,7 @@ class RemuxRecorder(StreamRecorder):
     def __init__(self, path: Path, fps: int) -> None:
         super().__init__(path)
         self._tick = Fraction(1, fps)
+        self._offset = self._next = 0
         self._container = av.open(str(self._temporary), "w", format="mp4")
         self._stream: av.VideoStream | None = None
 
@@ -157,10 +158,17 @@ class RemuxRecorder(StreamRecorder):
         packet = av.Packet(frame.data)
         packet.stream = self._stream
         packet.time_base = self._tick
-        packet.pts = packet.dts = frame.frame_index
+        packet.pts = packet.dts = self._time(frame)
         packet.duration = 1
         packet.is_keyframe = frame.keyframe
         self._container.mux(packet)
+
+    def _time(self, frame: Frame) -> int:
+        """Return a frame's place in the file: its number, after all that came before a session that begins anew."""
+        if self._offset + frame.frame_index < self._next:
+            self._offset = self._next
+        self._next = self._offset + frame.frame_index + 1
+        return self._next - 1
 
     def _begin(self, frame: Frame) -> av.VideoStream:
         """Return the track, with the size and the parameter sets that the first keyframe has."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.geometry import FRAMES_PER_SECOND
 from causal_forcing.prompts import SwitchPolicy
 from causal_forcing.script import ScriptLine, build_update, parse_duration, parse_prompt, read_script
-from serve.client import StreamOptions, VideoClient, VideoServiceError
+from serve.client import StreamOptions, VideoClient, VideoServiceError, VideoSession
 from serve.client.events import CODECS, PACINGS, SLOW_CLIENT_POLICIES
 from serve.commands.connecting import add_connection_arguments, connect, failed
 from serve.commands.live_line import LiveLine
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help=".mp4, .gif, .png or name_%%05d.png (default: none); H.264 goes to .mp4 as it came, or Annex B to .h264",
     )
+    parser.add_argument("--reconnect", action="store_true", help="go on with a new session when one is lost")
     live = argparse.BooleanOptionalAction
     parser.add_argument("--live", action=live, help="show live numbers (default: on a terminal)")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve this client's metrics for Prometheus")
@@ -80,6 +81,9 @@ def _add_session_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Receive the video and print how that felt; return 0, 1 if the session failed, 130 if it was interrupted."""
+    if args.reconnect and args.codec == "h264_fmp4" and args.output is not None:
+        allowed = "cannot be with codec h264_fmp4 and an output: a second video's time begins anew; use h264_annexb"
+        raise InvalidRequest("reconnect", True, allowed)
     lines = _lines(args)
     options = stream_options(args, lines[0])
     fps = _fps(options)
@@ -90,29 +94,36 @@ def run(args: argparse.Namespace) -> int:
     served = nullcontext(SILENT) if args.metrics_port is None else client_metrics(args.metrics_port)
     with served as recorder:
         viewer.meter = ClientMeter(recorder)
-        status = view(connect(args), options, viewer, args.output, typed)
+        status = view(connect(args), options, viewer, args.output, typed, reconnect=args.reconnect)
         viewer.meter.ended(failed=status not in (0, EXIT_INTERRUPTED))
     print(viewer.measured.summary())
     return status
 
 
 def view(
-    client: VideoClient, options: StreamOptions, viewer: Viewer, output: Path | None, typed: Typed | None = None
+    client: VideoClient,
+    options: StreamOptions,
+    viewer: Viewer,
+    output: Path | None,
+    typed: Typed | None = None,
+    *,
+    reconnect: bool = False,
 ) -> int:
-    """Run one session and write its frames to a file, if one is given; return an exit status.
+    """Run a session and write its frames to a file, if one is given; return an exit status.
 
     What has come before a failure or an interrupt is kept.
 
     Raises:
         InvalidRequest: If nothing can be written there.
     """
+    opening = client.keep_streaming(options) if reconnect else client.stream(options)
     if output is None:
-        return _watch(client, options, viewer, typed)
+        return _watch(client, opening, viewer, typed)
     from serve.commands.recording import open_recorder
 
     recorder = viewer.recorder = open_recorder(output, options.codec, _fps(options))
     try:
-        status = _watch(client, options, viewer, typed)
+        status = _watch(client, opening, viewer, typed)
     except BaseException:
         recorder.discard()
         raise
@@ -123,9 +134,11 @@ def view(
     return status
 
 
-def _watch(client: VideoClient, options: StreamOptions, viewer: Viewer, typed: Typed | None) -> int:
+def _watch(
+    client: VideoClient, opening: AbstractContextManager[VideoSession], viewer: Viewer, typed: Typed | None
+) -> int:
     try:
-        with client, client.stream(options) as session:
+        with client, opening as session:
             viewer.watch(session, typed)
     except VideoServiceError as error:
         return failed("stream", error)

@@ -22,6 +22,7 @@ from serve.client import (
     PromptApplied,
     PromptRefused,
     Queued,
+    Reconnecting,
     Started,
     VideoSession,
 )
@@ -205,6 +206,9 @@ class Viewer:
                 measured.dropped_frames += event.frame_count
             case Moved():
                 self.say(f"the generator was lost ({event.reason}); it went on after {event.interruption_s:.1f} s")
+            case Reconnecting():
+                lost = event.error.reason or event.error.code.name
+                self.say(f"the session was lost ({lost}); a new one in {event.wait_s:.1f} s")
             case Ending():
                 self.say(f"the session ends in {event.remaining_s:.0f} s")
             case Frame():

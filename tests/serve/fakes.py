@@ -115,7 +115,7 @@ class FakeBackends:
         service: Configuration.
         places_script: What admission says, in order; the last one grants.
         lease_failures: Errors that the next leases raise instead of beginning.
-        decode_failures: Errors that the next decode calls raise.
+        decode_failures: Errors that the next decode calls raise; those of None go well.
         losses: After how many chunks the next leases' generators die.
         events: What was called, in order.
         encode_gate: Until it is set, no prompt is encoded.
@@ -126,7 +126,7 @@ class FakeBackends:
     service: ServiceConfig = field(default_factory=simulated)
     places_script: list[Place] = field(default_factory=lambda: [Place(0, None, REPLICA)])
     lease_failures: list[Exception] = field(default_factory=list)
-    decode_failures: list[Exception] = field(default_factory=list)
+    decode_failures: list[Exception | None] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     room: MailboxRoom = field(default_factory=MailboxRoom)
@@ -202,8 +202,9 @@ class FakeBackends:
         return self._text.encode([text])[0]
 
     async def decode(self, request: DecodeRequest) -> Decoded:
-        if self.decode_failures:
-            raise self.decode_failures.pop(0)
+        failure = self.decode_failures.pop(0) if self.decode_failures else None
+        if failure is not None:
+            raise failure
         return await self.decoder.decode(request)
 
     async def encode_image(self, request: EncodeImage) -> PackedTensor:

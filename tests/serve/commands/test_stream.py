@@ -13,6 +13,7 @@ from causal_forcing.cli import main
 from serve import images
 from serve.commands.live_line import LiveLine
 from serve.commands.stream import MAX_IMAGE_BYTES
+from serve.errors import Unavailable
 from tests.serve.fakes import FakeBackends
 from tests.serve.server import serving_in_background
 
@@ -56,6 +57,10 @@ def test_a_refusal_is_told_and_no_file_is_left(tmp_path: Path, capsys: pytest.Ca
         (["--prompt", "a", "--policy", "flush"], "policy: got 'flush'; has no effect"),
         (["--prompt", "a", "--output", "/nowhere/x.mp4"], "output: got"),
         (["--prompt", "a", "--output", "x.gif", "--codec", "h264_fmp4"], "output: got 'x.gif'; must end in .mp4"),
+        (
+            ["--prompt", "a", "--output", "x.mp4", "--codec", "h264_fmp4", "--reconnect"],
+            "reconnect: got True; cannot be",
+        ),
         (["--prompt", "a", "--fps", "0"], "fps: got 0; must be an integer from 1 to 60"),
         (["--prompt", "a", "--image", "/nowhere/a.png"], "image: got '/nowhere/a.png'; cannot be read"),
         (["--prompt", "a", "--image", "/dev/null"], "image: got '/dev/null'; must have 1 to 4194304 bytes"),
@@ -73,9 +78,9 @@ def test_a_server_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) 
     assert "UNAVAILABLE" in capsys.readouterr().err
 
 
-def stream(*options: str) -> tuple[int, FakeBackends]:
+def stream(*options: str, backends: FakeBackends | None = None) -> tuple[int, FakeBackends]:
     """Run the command against a service of its own."""
-    backends = FakeBackends()
+    backends = backends or FakeBackends()
     with serving_in_background(backends) as address:
         status = main(["stream", "--server", address, *options])
     assert backends.is_clean
@@ -111,6 +116,23 @@ def test_a_video_begins_with_the_picture_that_is_given(tmp_path: Path) -> None:
     assert status == 0
     with Image.open(tmp_path / "out_00.png") as first:
         assert first.getpixel((0, 0)) == (200, 10, 30)
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "h264_annexb"])
+def test_a_lost_session_is_followed_by_another_in_the_same_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], codec: str
+) -> None:
+    output = tmp_path / "out.mp4"
+    lost = Unavailable("died", reason="DECODER_LOST", metadata={"retry_after_s": "0.1"})
+    backends = FakeBackends(decode_failures=[None, None, None, lost])
+    options = ["--seconds", "0.6", "--fps", "60", "--codec", codec, "--output", str(output), "--reconnect"]
+    status, _ = stream("--prompt", "a fox", *options, backends=backends)
+    assert status == 0
+    assert "the session was lost (DECODER_LOST); a new one in 0." in capsys.readouterr().err
+    with av.open(str(output)) as container:
+        times = [round(float(frame.time or 0.0) * 60) for frame in container.decode(video=0)]
+    assert len(times) >= 36
+    assert times == list(range(len(times)))
 
 
 def test_live_numbers_are_rewritten_in_place(capsys: pytest.CaptureFixture[str]) -> None:
