@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", choices=("cd", "ar", "cd-bidirectional"), help="which generator of --training")
     parser.add_argument("--vae", default="wan", help="decoder (default: %(default)s)")
     parser.add_argument("--steps", help="denoising steps, e.g. 1000,500 (default: the preset's)")
+    parser.add_argument(
+        "--euler", action="store_true", help="follow the ODE by Euler's method, as a teacher (ar) needs"
+    )
     parser.add_argument("--first-steps", help="steps of the first chunk (default: the same)")
     parser.add_argument("--window", type=int, help="attention window in latent frames (default: the preset's)")
     parser.add_argument("--sink", type=int, help="latent frames that are never evicted (default: the preset's)")
@@ -51,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if not engine.preset.trained:
         print(f"preset {engine.preset.name} has random weights: it has not been trained", file=sys.stderr)
     questions = _questions(args)
-    evaluator = evaluation.Evaluator(engine, _overrides(args), args.seed, first=args.offset)
+    evaluator = evaluation.Evaluator(engine, _overrides(args), args.seed, first=args.offset, euler=args.euler)
     report: dict[str, Any] = {"format": FORMAT, "preset": engine.preset.name, "trained": engine.preset.trained}
-    report |= {"vae": args.vae, "settings": _settings(evaluator.config())}
+    report |= {"vae": args.vae, "settings": _settings(evaluator.config()) | {"euler": args.euler}}
     clips: list[evaluation.Frames] = []
     if args.count or args.prompts:
         report["follow"] = evaluator.follow(questions[: args.count] if args.prompts is None else questions, clips)

@@ -6,8 +6,9 @@ has its own prompt and its own seeded noise; a test holds each equal to a sessio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from causal_forcing.errors import InvalidRequest
 from causal_forcing.media import Frames, to_frames
 from causal_forcing.noise import SeededNoise
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
-from causal_forcing.session import Session
+from causal_forcing.sampler import Stopped
+from causal_forcing.session import Chunk, Session
 from causal_forcing.training import whole_clip
+from causal_forcing.transformer import ChunkContext
 from causal_forcing.vae.wan import WanVae
 
 
@@ -38,6 +41,26 @@ class CohortNoise:
         return torch.cat([SeededNoise(seed)(chunk, draw, shape) for seed in self.seeds])
 
 
+class EulerSession(Session):
+    """A session that follows the flow's ODE by Euler's method, which a teacher needs; a student jumps and is noised."""
+
+    def generate_chunk(self, *, should_stop: Callable[[], bool] | None = None) -> Chunk:
+        """Return the next chunk, as :meth:`Session.generate_chunk`."""
+
+        def sample(context: ChunkContext) -> Tensor:
+            steps = self._schedule.steps if self.state.scene_chunks else self._schedule.first_steps
+            x = self._noise_for(context.plan.frames)(0)
+            for step, following in pairwise((*steps, None)):
+                if should_stop is not None and should_stop():
+                    raise Stopped
+                assert step is not None
+                lower = 0.0 if following is None else following.level.sigma
+                x = x + (lower - step.level.sigma) * self.engine.transformer(x, step.modulation, context)
+            return x
+
+        return self._next_chunk(sample)
+
+
 class Cohort:
     """A batch of sessions of one configuration.
 
@@ -45,11 +68,13 @@ class Cohort:
         engine: With a text encoder.
         config: Of every member, but for the seed.
         seeds: One a member.
+        euler: Whether to sample as :class:`EulerSession`.
     """
 
-    def __init__(self, engine: Engine, config: SessionConfig, seeds: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, config: SessionConfig, seeds: Sequence[int], *, euler: bool = False) -> None:
         self.engine, self.size = engine, len(seeds)
-        self.session = Session(replace(engine, vae=None), config, noise=CohortNoise(tuple(seeds)))
+        kind = EulerSession if euler else Session
+        self.session = kind(replace(engine, vae=None), config, noise=CohortNoise(tuple(seeds)))
         cache = self.session.state.cache
         with torch.inference_mode():
             for tensors in (cache.keys, cache.values, cache.sink_keys):

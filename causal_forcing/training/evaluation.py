@@ -154,13 +154,6 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def first_chunks(engine: Engine, config: SessionConfig, seeds: Sequence[int], prompts: Sequence[str]) -> Cohort:
-    """Return a cohort that is about to generate its first chunk."""
-    cohort = Cohort(engine, config, seeds)
-    cohort.update_prompt(prompts)
-    return cohort
-
-
 @dataclass(frozen=True)
 class Evaluator:
     """Runs an engine over questions, many sessions in step.
@@ -171,6 +164,7 @@ class Evaluator:
         seed: Of the first clip; each clip has its own.
         together: Sessions of a cohort.
         first: Number of the first question of these, so that a part of a list is read as in the whole.
+        euler: Whether to follow the ODE by Euler's method, as a teacher needs.
     """
 
     engine: Engine
@@ -178,6 +172,7 @@ class Evaluator:
     seed: int = 0
     together: int = 25
     first: int = 0
+    euler: bool = False
 
     def config(self) -> SessionConfig:
         """Return the configuration of every clip, but for the seed."""
@@ -188,7 +183,9 @@ class Evaluator:
         for start in range(0, len(prompts), self.together):
             members = slice(start, min(start + self.together, len(prompts)))
             seeds = range(self.seed + self.first + members.start, self.seed + self.first + members.stop)
-            yield members, first_chunks(self.engine, self.config(), seeds, prompts[members])
+            cohort = Cohort(self.engine, self.config(), seeds, euler=self.euler)
+            cohort.update_prompt(prompts[members])
+            yield members, cohort
 
     def follow(self, questions: Sequence[Question], sheet: list[Frames] | None = None) -> dict[str, Any]:
         """Return accuracy by attribute, confusions, dynamic degree and flicker; 16 clips are added to ``sheet``."""

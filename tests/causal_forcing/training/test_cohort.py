@@ -79,3 +79,27 @@ def test_the_showcase_leaves_no_stream_out(engine, monkeypatch):
     assert showcase.contact_sheet(clips, showcase.STORIES[:5]).size == (12 * 64, 5 * (64 + showcase.LINE))
     wall = showcase.wall(clips[:4], columns=2)
     assert np.array_equal(wall[:, 64:, :64], clips[2])
+
+
+def test_with_one_step_the_ode_is_the_sampler(engine):
+    config = engine.session_config(denoising_steps=(1000,))
+    found = []
+    for euler in (False, True):
+        together = cohort.Cohort(engine, config, (1,), euler=euler)
+        together.update_prompt(PROMPTS[:1])
+        found.append(torch.cat(list(together.latents(3)), dim=2))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
+
+
+def test_the_ode_draws_no_noise_after_the_first(engine):
+    draws = []
+
+    class Counting(cohort.CohortNoise):
+        def __call__(self, chunk, draw, shape):
+            draws.append(draw)
+            return super().__call__(chunk, draw, shape)
+
+    session = cohort.EulerSession(engine, engine.session_config(denoising_steps=(1000, 500)), noise=Counting((1,)))
+    session.update_prompt(PromptUpdate((WeightedPrompt(PROMPTS[0]),)))
+    session.generate_chunk()
+    assert draws == [0]
