@@ -61,6 +61,7 @@ class AdmissionDesk:
         self._actor = actor
         self._gateway_id = gateway_id
         self._is_current = is_current
+        self._look: asyncio.Task[bool] | None = None
         self._carrier: Carrier | None = None
         self._tickets: dict[str, Ticket] = {}
         self._started_s: dict[str, float] = {}
@@ -104,7 +105,7 @@ class AdmissionDesk:
             place = self._places.get(session_id, place)
             if place.most_bytes is not None:
                 raise too_large(claim.nbytes, place.most_bytes)
-            if not place.replica_id and not await asyncio.to_thread(self._is_current):
+            if not place.replica_id and await self._is_replaced():
                 raise Unavailable("a new version of the service has taken over", reason="REPLICA_DRAINING")
             yield place
 
@@ -184,6 +185,12 @@ class AdmissionDesk:
         """Stop polling."""
         if self._loop is not None:
             self._loop.cancel()
+
+    async def _is_replaced(self) -> bool:
+        """Return whether another version has taken over; all who ask at a time share one look at it."""
+        if self._look is None or self._look.done():
+            self._look = detached(asyncio.to_thread(self._is_current))
+        return not await asyncio.shield(self._look)
 
     async def _keep_synced(self) -> None:
         while True:

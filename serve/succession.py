@@ -7,6 +7,7 @@ generator will come for the sessions that still wait with them.
 
 from __future__ import annotations
 
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from .admission_actor import NAMESPACE
@@ -20,8 +21,11 @@ def announce(app_name: str, version: str) -> None:
 
 
 def is_current(app_name: str, version: str) -> bool:
-    """Return whether no other version was announced since; blocks for a call to the control store."""
-    found = _internal_kv_get(_key(app_name), namespace=NAMESPACE.encode())
+    """Return whether no other version is known to have been announced since; blocks for a call to the control store."""
+    try:
+        found = _internal_kv_get(_key(app_name), namespace=NAMESPACE.encode())
+    except RayError:  # the store is being restarted
+        return True
     return found is None or found == version.encode()
 
 

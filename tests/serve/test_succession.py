@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+from ray.exceptions import RpcError
+
+from serve import succession
 from serve.frames import Codec, FrameFormat
 from serve.generator import Generator
 from serve.messages import DecodeRequest, EncodeImage, LeaseEnded
@@ -49,3 +53,37 @@ async def test_a_generator_of_another_model_takes_no_lease() -> None:
     assert len(events) == 1
     assert isinstance(events[0], LeaseEnded)
     assert is_draining(events[0].failure)
+
+
+class Store:
+    """Ray's control store, as it is and while it is away."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[bytes, bytes], bytes] = {}
+        self.is_down = False
+
+    def get(self, key: bytes, namespace: bytes) -> bytes | None:
+        if self.is_down:
+            raise RpcError("unavailable")
+        return self.entries.get((namespace, key))
+
+    def put(self, key: bytes, value: bytes, *, overwrite: bool, namespace: bytes) -> None:
+        assert overwrite
+        self.entries[namespace, key] = value
+
+
+def test_the_version_that_was_announced_last_is_in_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    monkeypatch.setattr(succession, "_internal_kv_get", store.get)
+    monkeypatch.setattr(succession, "_internal_kv_put", store.put)
+    assert succession.is_current("app", "a"), "nothing is known"
+    succession.announce("app", "a")
+    succession.announce("another app", "x")
+    assert succession.is_current("app", "a")
+    succession.announce("app", "b")
+    assert (succession.is_current("app", "a"), succession.is_current("app", "b")) == (False, True)
+    succession.announce("app", "a")
+    assert succession.is_current("app", "a"), "it was rolled back"
+    succession.announce("app", "b")
+    store.is_down = True
+    assert succession.is_current("app", "a"), "nobody is sent away while nobody knows"
