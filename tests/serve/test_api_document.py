@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -62,3 +63,12 @@ def test_the_transcript_shows_every_kind_of_message() -> None:
         for field in message.DESCRIPTOR.oneofs_by_name["message"].fields
     }
     assert shown == kinds
+
+
+def test_sequence_numbers_in_the_transcript_rise_by_what_is_shown() -> None:
+    """A chunk's frames are four messages, of which the transcript may show the first alone."""
+    numbers = [int(number) for number in re.findall(r"^   S (\d+) ", "\n".join(TRANSCRIPT), re.MULTILINE)]
+    beginnings = [index for index, number in enumerate(numbers) if not number or numbers[index - 1] + 100 < number]
+    steps = {later - earlier for earlier, later in itertools.pairwise(numbers) if 0 < later - earlier < 100}
+    assert len(beginnings) >= 3
+    assert steps <= {1, 3, 4}
