@@ -94,12 +94,18 @@ class Warden:
     Args:
         pool: The device's thread.
         first_s: Limit of the first steps of each kind, and of steps of no kind.
+        told: Is told the fault's reason.
         end: Ends the process.
     """
 
     def __init__(
-        self, pool: ThreadPoolExecutor, first_s: float, end: Callable[[], None] = lambda: end_process(ANSWERED_S)
+        self,
+        pool: ThreadPoolExecutor,
+        first_s: float,
+        told: Callable[[str], None] = lambda _: None,
+        end: Callable[[], None] = lambda: end_process(ANSWERED_S),
     ) -> None:
+        self._told = told
         self._pool = pool
         self._first_s = first_s
         self._clocks: dict[Hashable, StepClock] = {}
@@ -150,6 +156,7 @@ class Warden:
         except DEVICE_FAULTS as error:
             self._fault = self._fault or type(error).__name__
             LOGGER.error("this replica ends itself after %s", str(error))
+            self._told(error.reason)
             self._end()
             raise
         except _GivenUp:

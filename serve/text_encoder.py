@@ -32,7 +32,7 @@ class TextEncoder:
         loop = asyncio.get_running_loop()
         self._recorder = replica_recorder(Place.TEXT_ENCODER)
         self._engine = await loop.run_in_executor(worker, load_text, config, self._recorder)
-        self._warden = Warden(worker, config.text_encoder.step_timeout_s)
+        self._warden = Warden(worker, config.text_encoder.step_timeout_s, self._recorder.device_fault)
         self._model = config.model_key
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._process = Process(replica_id, os.getpid(), ray.get_runtime_context().get_node_id())

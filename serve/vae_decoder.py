@@ -245,7 +245,7 @@ class VaeDecoder:
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._model = config.model_key
         self._process = Process(replica_id, os.getpid(), ray.get_runtime_context().get_node_id())
-        self._warden = Warden(device, config.vae_decoder.first_step_timeout_s)
+        self._warden = Warden(device, config.vae_decoder.first_step_timeout_s, recorder.device_fault)
         self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, self._warden, recorder)
         watch_replica(recorder, config, Place.DECODER, self._service.look)
 

@@ -320,7 +320,7 @@ DEVICE_FAULTS = _define(
     Place.GENERATOR,
     "device_faults_total",
     "faults",
-    "Faults of a generator's device, after which its replica is replaced.",
+    "Faults of a device, also a decoder's or a text encoder's, after which its replica is replaced.",
     reason=(),
 )
 

@@ -140,7 +140,7 @@ class Recorder:
         self._sink.add(metrics.RECACHES, times)
 
     def device_fault(self, reason: str) -> None:
-        """The generator's device failed."""
+        """The process's device failed."""
         self._sink.add(metrics.DEVICE_FAULTS, 1, reason)
 
     # The decoder and the text encoder

@@ -71,12 +71,12 @@ def raising(error: Exception) -> Callable[[], None]:
 @pytest.mark.parametrize("kind", DEVICE_FAULTS)
 async def test_a_device_fault_is_told_to_who_asked_and_ends_the_replica(kind: type[CausalForcingError]) -> None:
     ended = list[str]()
-    warden = Warden(ThreadPoolExecutor(1), 60.0, end=lambda: ended.append("end"))
+    warden = Warden(ThreadPoolExecutor(1), 60.0, told=ended.append, end=lambda: ended.append("end"))
     assert await warden.run(lambda: 7) == 7
     warden.require_healthy()
     with pytest.raises(kind):
         await warden.run(raising(kind("planted")))
-    assert ended == ["end"]
+    assert ended == [kind.default_reason, "end"]
     with pytest.raises(RuntimeError, match=kind.__name__):
         warden.require_healthy()
 
