@@ -31,6 +31,7 @@ class AsyncVideoSession:
 
     Asking for the event after the last frame of a chunk acknowledges that chunk, so the server keeps pace with the loop
     that shows the frames. Tasks in the background send pings and read what comes; credit bounds how much that is.
+    Waiting for an event may be given up, with a timeout say: nothing is lost.
     """
 
     def __init__(self, call: Any, options: StreamOptions) -> None:  # noqa: ANN401  (grpc's call is untyped)
@@ -52,10 +53,10 @@ class AsyncVideoSession:
         return self
 
     async def __anext__(self) -> Event:
-        await self._begin()
+        await asyncio.shield(self._begin())  # grpc.aio ends a call whose write is cancelled
         if self._to_ack is not None:
             chunk, self._to_ack = self._to_ack, None
-            await self._write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk)))
+            await asyncio.shield(self._write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk))))
         event = None if self._is_over else await self._heard.get()
         if event is None:
             self._is_over = True

@@ -171,6 +171,26 @@ async def test_a_prompt_before_the_first_event_comes_after_the_configuration() -
                 break
 
 
+async def test_waiting_for_an_event_may_be_given_up() -> None:
+    frames, given_up = list[int](), 0
+    async with (
+        serving(FakeBackends()) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox", credit_chunks=1)) as session,
+    ):
+        while len(frames) < 9:
+            try:
+                async with asyncio.timeout(0.001):
+                    event = await anext(session)
+            except TimeoutError:
+                given_up += 1
+                continue
+            if isinstance(event, Frame):
+                frames.append(event.frame_index)
+    assert frames == list(range(9))
+    assert given_up
+
+
 async def test_leaving_the_block_ends_the_session_on_the_server() -> None:
     backends = FakeBackends()
     async with (
