@@ -24,6 +24,9 @@ LIGHT_MODULES = (
     "causal_forcing.script",
     "protos.causal_forcing.v1.video_pb2_grpc",
     "serve.client",
+    "serve.commands.sessions",
+    "serve.commands.status",
+    "serve.commands.stream",
 )
 """What a gRPC client imports."""
 
