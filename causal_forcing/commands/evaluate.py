@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=500, help="held-out questions; 0 for none (default: %(default)s)")
     parser.add_argument("--offset", type=int, default=0, help="questions and trials to skip first, for work in parts")
     parser.add_argument("--switches", type=int, default=0, help="trials of a prompt switch, for each policy")
+    parser.add_argument("--blends", type=int, default=0, help="trials of prompt blends and of slow transitions")
     parser.add_argument("--drift", type=int, default=0, metavar="LATENTS", help="length of long streams")
     parser.add_argument("--drift-count", type=int, default=48, help="long streams (default: %(default)s)")
     parser.add_argument("--validate", type=int, default=0, metavar="CLIPS", help="measure the reader itself, too")
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         report["follow"] = evaluator.follow(questions[: args.count] if args.prompts is None else questions, clips)
     if args.switches:
         report["switches"] = {policy.value: evaluator.switches(args.switches, policy) for policy in SwitchPolicy}
+    if args.blends:
+        report["blends"] = evaluator.blends(args.blends)
     if args.drift:
         report["drift"] = evaluator.drift(questions[: args.drift_count], args.drift)
     if args.validate:

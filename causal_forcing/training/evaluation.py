@@ -25,7 +25,7 @@ from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.geometry import TEMPORAL_STRIDE
 from causal_forcing.media import to_frames
-from causal_forcing.prompts import SwitchPolicy
+from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
 from causal_forcing.training import captions, metrics, world
 from causal_forcing.training.cohort import Cohort, decode
 from causal_forcing.training.reader import MINIMUM_AREA, NONE, ClipReading, colour_layers, read_clip
@@ -36,10 +36,14 @@ READ_FRAMES = 33
 
 CLIP_LATENTS = 12
 SWITCH_AFTER = 6
-SWITCH_WATCH = 6
+SWITCH_WATCH, TRANSITION_CHUNKS = 11, 6
 EARLY_LATENT = 20
 DRIFT_DECODED = 20
 """Chunks that are decoded where a long stream is read: nine are read, the others prepare the decoder."""
+
+HALF = 0.5
+BLEND_SHARES = (0.25, 0.5, 0.75)
+"""Weights of the second of two prompts that are tried."""
 
 SHEET_CLIPS = 16
 """Most clips of a contact sheet."""
@@ -206,7 +210,7 @@ class Evaluator:
         }
 
     def switches(self, trials: int, policy: SwitchPolicy) -> dict[str, Any]:
-        """Return after how many chunks a new colour is seen, and what is read at the end.
+        """Return after how many chunks a new colour is seen, and what is read of the last two seconds.
 
         Every trial changes the colour alone.
         """
@@ -235,6 +239,37 @@ class Evaluator:
             "mean_chunks": float(np.mean(seen)) if seen else None,
             "never": trials - len(seen),
             "afterwards": tally.summary(),
+        }
+
+    def blends(self, trials: int) -> dict[str, Any]:
+        """Return what colour is seen under blends of two prompts, and how a slow transition between them goes.
+
+        Both prompts of a trial differ in the colour alone. Answers are ``first``, ``second``, ``other`` or ``none``.
+        """
+        pairs = list(islice(_colour_changes(), self.first, self.first + trials))
+        names = [(before.things[0].colour, after.things[0].colour) for before, after in pairs]
+        texts = [tuple(captions.plain_caption(scene) for scene in pair) for pair in pairs]
+        shares: dict[str, Counter[str]] = {}
+        for share in BLEND_SHARES:
+            found = shares.setdefault(f"{share:g} of the second", Counter())
+            for members, cohort in self.cohorts([first for first, _ in texts]):
+                cohort.submit([_blend(first, second, share) for first, second in texts[members]])
+                latents = torch.cat(list(cohort.latents(CLIP_LATENTS)), dim=2)
+                for pair, clip in zip(names[members], decode(self.engine, latents), strict=True):
+                    found[_which(describe(read_clip(clip[-READ_FRAMES:]))["colour"], pair)] += 1
+        progress = [Counter[str]() for _ in range(SWITCH_WATCH)]
+        for members, cohort in self.cohorts([first for first, _ in texts]):
+            chunks = list(cohort.latents(SWITCH_AFTER))
+            cohort.update_prompt([second for _, second in texts[members]], transition_chunks=TRANSITION_CHUNKS)
+            shown = torch.cat([*chunks, *cohort.latents(SWITCH_WATCH)], dim=2)
+            for pair, clip in zip(names[members], decode(self.engine, shown), strict=True):
+                for at, frames in enumerate(_split(clip[pixel_frames(SWITCH_AFTER) :], first=TEMPORAL_STRIDE)):
+                    progress[at][_which(_colour_of(frames), pair)] += 1
+        return {
+            "trials": trials,
+            "blends": {name: dict(found) for name, found in shares.items()},
+            "transition_chunks": TRANSITION_CHUNKS,
+            "transition": [dict(found) for found in progress],
         }
 
     def drift(self, questions: Sequence[Question], latents: int) -> dict[str, Any]:
@@ -268,6 +303,17 @@ class Evaluator:
         }
 
 
+def _blend(first: str, second: str, share: float) -> PromptUpdate:
+    return PromptUpdate((WeightedPrompt(first, 1 - share), WeightedPrompt(second, share)))
+
+
+def _which(colour: str, pair: tuple[str, str]) -> str:
+    """Return whether a colour is the first or second of two, another one, or none."""
+    if colour == NONE:
+        return NONE
+    return ("first", "second")[pair.index(colour)] if colour in pair else "other"
+
+
 def pixel_frames(latents: int) -> int:
     """Return the pixel frames of so many latent frames that begin a scene."""
     return TEMPORAL_STRIDE * latents - TEMPORAL_STRIDE + 1
@@ -298,12 +344,14 @@ def _split(frames: Frames, first: int) -> Iterator[Frames]:
 
 def _first_seen(chunks: Iterable[Frames], colour: str) -> int | None:
     """Return the number (from 1) of the first chunk half of whose frames show a colour, or None."""
-    for number, frames in enumerate(chunks, start=1):
-        layers = colour_layers((frames / 255).astype(np.float32)).sum((2, 3))
-        own = layers[list(world.COLOURS).index(colour)]
-        if np.mean((own > MINIMUM_AREA) & (own == layers.max(0))) >= 0.5:
-            return number
-    return None
+    return next((number for number, frames in enumerate(chunks, start=1) if _colour_of(frames) == colour), None)
+
+
+def _colour_of(frames: Frames) -> str:
+    """Return the palette colour that covers most in at least half of some frames, or none."""
+    layers = colour_layers((frames / 255).astype(np.float32)).sum((2, 3))
+    shown = np.mean((layers > MINIMUM_AREA) & (layers == layers.max(0)), axis=1)
+    return list(world.COLOURS)[int(shown.argmax())] if shown.max() >= HALF else NONE
 
 
 def validate_reader(count: int = 200, *, blur: float = 0.0, seed: int = 9) -> dict[str, dict[str, float]]:

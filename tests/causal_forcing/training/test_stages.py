@@ -256,11 +256,21 @@ def test_export_loads_strictly_and_is_evaluated(root, tmp_path, monkeypatch, cap
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     words = ["--training", str(tmp_path), "--prompts", str(questions), "--steps", "1000,500", "--switches", "1"]
-    words += ["--drift", "4", "--output", str(tmp_path / "report.json"), "--sheet", str(tmp_path / "sheet.png")]
+    words += [
+        "--blends",
+        "1",
+        "--drift",
+        "4",
+        "--output",
+        str(tmp_path / "report.json"),
+        "--sheet",
+        str(tmp_path / "sheet.png"),
+    ]
     assert evaluate.run(parser.parse_args(words)) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["follow"]["attributes"]["colour"]["count"] == 1
     assert set(report["switches"]) == {"cross_attention", "recache", "flush", "scene_cut"}
+    assert all(sum(answers.values()) == 1 for answers in report["blends"]["transition"])
     assert report["settings"]["denoising_steps"] == [1000, 500]
     assert (tmp_path / "sheet.png").stat().st_size > 0
     assert "dynamic degree" in capsys.readouterr().out
