@@ -57,6 +57,7 @@ class AdmissionBook:
         self._gateways: dict[str, float] = {}
         self._started_s: dict[str, float] = {}
         self._lengths_s: deque[float] = deque(maxlen=RECENT_SESSIONS)
+        self._lacks_memory = False
         self._told: dict[str, dict[str, Place]] | None = None
         self._told_at = (-1, 0.0)
 
@@ -192,9 +193,10 @@ class AdmissionBook:
         """Return the need for generators, and take Serve's word for those it keeps (see :meth:`Fleet.keep`)."""
         able = self._fleet.keep(running)
         counts = self.counts()
+        full = {r: p.capacity for r, p in able.items() if self._lacks_memory and p.free and p.budget_bytes is not None}
         return GeneratorDemand(
             waiting=counts["waiting"] - counts["blocked"],
-            held={replica_id: place.held for replica_id, place in able.items()},
+            held={replica_id: full.get(replica_id, place.held) for replica_id, place in able.items()},
             nodes={replica_id: place.node_id for replica_id, place in able.items()},
         )
 
@@ -215,6 +217,7 @@ class AdmissionBook:
 
     def assign(self, now_s: float) -> None:
         """Grant idle generators to waiting sessions, in the order of the tenants' shares."""
+        self._lacks_memory = False
         is_empty = not self._waiting and not self._moving
         if now_s < self._settled_s or is_empty or not self._fleet.idle:
             return
@@ -224,6 +227,7 @@ class AdmissionBook:
             if replica_id:
                 self._grant(ticket, replica_id, now_s)
             elif self._fleet.idle:
+                self._lacks_memory = True
                 self._fleet.pass_over(session_id, now_s)
             else:
                 return

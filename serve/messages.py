@@ -238,7 +238,8 @@ class GeneratorDemand:
 
     Attributes:
         waiting: Sessions that the next generators would go to.
-        held: Sessions at each generator that takes sessions, granted ones included.
+        held: Sessions at each generator that takes sessions, granted ones included; all that it could hold if the
+            sessions that wait do not fit into its memory.
         nodes: The node that each of them runs on.
     """
 

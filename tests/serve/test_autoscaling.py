@@ -79,6 +79,19 @@ def test_a_generator_that_has_just_started_is_granted_before_serve_has_named_it(
     assert book.enqueue(Ticket("s", "gateway", 0.0), SETTLE_S).replica_id == "new"
 
 
+def test_places_without_the_memory_for_who_waits_are_as_good_as_taken() -> None:
+    book = AdmissionBook(10, 0.0)
+    book.report("a", 4, ["s0"], SETTLE_S, budget_bytes=100)
+    book.enqueue(Ticket("s1", "gateway", 1.0, nbytes=90), SETTLE_S)
+    assert wanted_replicas(book.demand("a"), "a", 1, 4, 0) == 1, "it fits"
+    assert not book.enqueue(Ticket("s2", "gateway", 2.0, nbytes=20), SETTLE_S).replica_id
+    assert book.demand("a") == GeneratorDemand(1, {"a": 4}, {"a": ""})
+    assert wanted_replicas(book.demand("a"), "a", 1, 4, 0) == 2
+    book.report("b", 4, [], SETTLE_S, budget_bytes=100)
+    assert book.place("s2", SETTLE_S).replica_id == "b"
+    assert book.demand("ab").held == {"a": 2, "b": 1}
+
+
 def test_replicas_are_stopped_node_by_node_the_smallest_first_and_newest_first_on_each() -> None:
     nodes = {"a": "big", "b": "small", "c": "big", "d": "big", "e": "small"}
     assert stop_order("abcde", nodes) == ["e", "b", "d", "c", "a"]
