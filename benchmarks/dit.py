@@ -29,7 +29,7 @@ from torch import Tensor
 
 from causal_forcing.compile import compile_transformer
 from causal_forcing.config import SessionConfig, TransformerConfig
-from causal_forcing.engine import FEW_TOKENS
+from causal_forcing.engine import choose_layout
 from causal_forcing.kv_cache import KeyValueCache
 from causal_forcing.presets import WAN_1_3B
 from causal_forcing.rope import RotaryEmbedding
@@ -121,8 +121,7 @@ def our_call(case: Case, inputs: Inputs, *, compiled: bool) -> Callable[[], Tens
         transformer = CausalTransformer(config)
     transformer.load_state_dict({name: t.clone() for name, t in inputs.weights.items()}, assign=True)
     transformer.requires_grad_(False).eval()
-    if session.geometry.tokens_per_frame <= FEW_TOKENS:
-        transformer.lay_out(few_tokens=True)
+    choose_layout(transformer, session.geometry.tokens_per_frame)
     if compiled:
         compile_transformer(transformer)
     with torch.inference_mode():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from causal_forcing.config import TransformerConfig
 from causal_forcing.geometry import LATENT_CHANNELS, PATCH
 from causal_forcing.kv_cache import CachePlan, KeyValueCache, LayerMemory
+from causal_forcing.packed import PackedLinear, can_pack
 from causal_forcing.rope import Rotation, rotate
 from causal_forcing.transfer import upload
 
@@ -112,35 +113,73 @@ class RmsNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
 
 
+class Linear(nn.Linear):
+    """A linear layer that, on a CPU, may multiply by a packed copy of its weight.
+
+    Attributes:
+        packed: The copy, or None. Compiled code does not use it: the compiler chooses layouts itself.
+    """
+
+    packed: PackedLinear | None = None
+
+    def pack(self, tokens: int) -> None:
+        """Keep a packed copy for products of about so many tokens, if this build can; the weight must not change."""
+        if can_pack(self.weight):
+            self.packed = PackedLinear.pack(self.weight.data, self.bias.data, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[..., out]`` of ``[..., in]``."""
+        if self.packed is None or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        return self.packed(x)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), Linear(config.ffn_dim, config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[1, L, D]`` of the same."""
+        up, activate, down = cast(tuple[Linear, nn.GELU, Linear], tuple(self))
+        if up.packed is None or torch.compiler.is_compiling():
+            return cast(Tensor, down(activate(up(x))))
+        return cast(Tensor, down(up.packed(x, gelu=True)))
+
+
 class Attention(nn.Module):
     """Projections of one attention layer; who attends to what is the caller's business."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = RmsNorm(config.dim, config.eps)
         self.norm_k = RmsNorm(config.dim, config.eps)
         self.eps = config.eps
         self.joint_weight: Tensor | None
         self.joint_bias: Tensor | None
         self.joint_norm: Tensor | None
+        self.joint_packed: PackedLinear | None = None
         for name in ("joint_weight", "joint_bias", "joint_norm"):
             self.register_buffer(name, None, persistent=False)
 
-    def join(self, *, transposed: bool = False) -> None:
+    def join(self, few_tokens: int | None = None) -> None:
         """Lay the weights of q, k and v out one after the other, so that one product makes all three; names stay.
 
         Args:
-            transposed: Whether the result lies transposed in memory, see :meth:`CausalTransformer.lay_out`.
+            few_tokens: As in :meth:`CausalTransformer.lay_out`.
         """
         layers = (self.q, self.k, self.v)
         weight = torch.cat([layer.weight.data for layer in layers])
-        self.joint_weight = weight.t().contiguous().t() if transposed else weight
+        self.joint_weight = weight if few_tokens is None else weight.t().contiguous().t()
         self.joint_bias = torch.cat([layer.bias.data for layer in layers])
+        if few_tokens is not None and can_pack(weight):
+            self.joint_packed = PackedLinear.pack(weight, self.joint_bias, few_tokens)
         self.joint_norm = torch.stack([self.norm_q.weight.data, self.norm_k.weight.data])
         for layer, rows, bias in zip(layers, self.joint_weight.chunk(3), self.joint_bias.chunk(3), strict=True):
             layer.weight.data, layer.bias.data = rows, bias
@@ -150,7 +189,11 @@ class Attention(nn.Module):
         """Return normalised queries with the keys behind them, ``[1, L, 2 * H, D]``, and values ``[1, L, H, D]``."""
         if self.joint_weight is None or self.joint_norm is None:
             return torch.cat([self.queries(x), self.keys(x)], dim=2), self.values(x)
-        joint = F.linear(x, self.joint_weight, self.joint_bias).view(*x.shape[:-1], 3, -1)
+        if self.joint_packed is None or torch.compiler.is_compiling():
+            joint = F.linear(x, self.joint_weight, self.joint_bias)
+        else:
+            joint = self.joint_packed(x)
+        joint = joint.view(*x.shape[:-1], 3, -1)
         heads = F.rms_norm(joint[..., :2, :], joint.shape[-1:], None, self.eps) * self.joint_norm
         return heads.view(*x.shape[:-1], 2 * self.heads, -1), self._split(joint[..., 2, :])
 
@@ -184,9 +227,7 @@ class TransformerBlock(nn.Module):
         self.self_attn = Attention(config)
         self.cross_attn = Attention(config)
         self.norm3 = nn.LayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config)
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x: Tensor, modulation: Tensor, context: LayerContext) -> Tensor:
@@ -277,19 +318,26 @@ class CausalTransformer(nn.Module):
         """Compute dtype; that of the tokens, which low-precision weights of single layers do not change."""
         return self.head.modulation.dtype
 
-    def lay_out(self, *, few_tokens: bool = False) -> None:
-        """Lay weights out for speed, in memory of their own; names, shapes and values stay.
+    def lay_out(self, few_tokens: int | None = None) -> None:
+        """Lay weights out for speed, in memory of their own; names, shapes and values stay, and must not change after.
 
-        Self-attention's three projections become one product. For few tokens on a CPU every other weight is transposed
-        in memory, too: a product of 16 tokens by 256x256 weights then takes 33 us instead of 95; from 64 tokens on
-        there is no difference (measured on two cores: small products are slow where a factor has to be transposed).
+        Self-attention's three projections become one product. For few tokens on a CPU the blocks' weights are packed
+        for the eager passes (:mod:`causal_forcing.packed`) and transposed in memory for compiled ones: a product of 16
+        tokens by 256x256 weights then takes 33 us instead of 95 (measured on two cores: small products are slow where a
+        factor has to be transposed).
+
+        Args:
+            few_tokens: Tokens of a chunk if they are few and on a CPU; None otherwise.
         """
-        if few_tokens:
+        if few_tokens is not None:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
                     module.weight.data = module.weight.data.t().contiguous().t()
+            for module in self.blocks.modules():
+                if isinstance(module, Linear):
+                    module.pack(few_tokens)
         for block in self.layers:
-            block.self_attn.join(transposed=few_tokens)
+            block.self_attn.join(few_tokens)
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the time embedding ``[N, D]`` and its block projection ``[N, 6, D]``.
