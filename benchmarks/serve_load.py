@@ -161,8 +161,13 @@ class Viewer:
         if self._waiting is not None and frame.prompt_id != self._switch_id:
             self._waiting.chunks_behind += 1
         await self._send(ack=pb.Ack(chunk_index=frame.chunk_index))
+        if self._is_enough():
+            return True
         self._after_chunk(frame.chunk_index)
-        options = self._options
+        return False
+
+    def _is_enough(self) -> bool:
+        seen, options = self.seen, self._options
         if options.switches:
             return len(seen.switches) == options.switches
         return len(seen.chunk_s) >= options.chunks or bool(options.seconds and seen.chunk_s[-1] > options.seconds)

@@ -1,6 +1,6 @@
 """What settings of Ray Serve's own do to the cost of a chunk: the same load under several environments.
 
-    python benchmarks/serve_profiles.py --profiles plasma default haproxy
+    python benchmarks/serve_profiles.py --profiles default grpc_proxy haproxy
 
 Each profile is a cluster of its own with four sessions at 16 frames a second on simulated generators, and then ping's
 round trip and the time to the first chunk. The number to compare is CPU time a chunk: it changes little with what else
@@ -33,6 +33,7 @@ PROFILES: dict[str, dict[str, str]] = {
     "default": {},
     "router_in_loop": ROUTER,
     "one_loop": {**ROUTER, **THREAD},
+    "grpc_proxy": {**ROUTER, "RAY_SERVE_PROXY_USE_GRPC": "1"},
     "haproxy": HAPROXY,
 }
 """Environment variables of each profile, above those of ``serve.local``; ``plasma`` is Ray's own default."""
@@ -77,7 +78,7 @@ def main() -> None:
         "--profiles",
         nargs="+",
         choices=PROFILES,
-        default=["plasma", "default", "haproxy"],
+        default=["default", "grpc_proxy", "haproxy"],
     )
     parser.add_argument("--sessions", type=int, default=4, help="sessions at 16 frames a second (default 4)")
     parser.add_argument("--seconds", type=float, default=10, help="length of the loaded run (default 10)")
