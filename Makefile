@@ -9,6 +9,8 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 GOLDEN ?= tests/golden
 BENCHMARKS := end_to_end dit restore vae gateway_path grant_router admission
+# A checkout of github.com/thu-ml/Causal-Forcing, to time its transformer in the same rounds as ours.
+REFERENCE ?=
 JOBS ?= 2
 SESSIONS ?= 1000
 TRIALS ?= 200
@@ -86,8 +88,9 @@ protos-breaking: $(STAMP) ## Compare the protos with the main branch: nothing ma
 parity: $(STAMP) ## Compare the engine with golden tensors (GOLDEN=DIR).
 	$(VENV)/bin/causal-forcing parity $(GOLDEN)
 
-bench: $(STAMP) ## Measure everything again (minutes) and fill the README's table.
-	for name in $(BENCHMARKS); do OMP_NUM_THREADS=2 $(PYTHON) benchmarks/$$name.py $(ARGS); done
+bench: $(STAMP) ## Measure everything again (minutes; REFERENCE=DIR: beside the reference) and fill the README's table.
+	for name in $(filter-out dit,$(BENCHMARKS)); do OMP_NUM_THREADS=2 $(PYTHON) benchmarks/$$name.py $(ARGS); done
+	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/dit.py $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
 	$(MAKE) readme-numbers
 
 bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity, scaling (10 minutes), and fill the table.
