@@ -19,6 +19,9 @@ from .listener import Listener
 PING_EVERY_S = 5.0
 """How often a client shows that it is alive; servers take 30 s of silence for death, unless configured otherwise."""
 
+UNANSWERED_PINGS = 4
+"""Pings in a row after which nothing has come for the service to be taken for dead; one that lives answers each."""
+
 WRITE_FAILED = "Internal error from Core"
 """What grpc.aio calls a write to a call that has ended."""
 
@@ -44,6 +47,7 @@ class AsyncVideoSession:
         self._to_ack: int | None = None
         self._heard: asyncio.Queue[Event | None] = asyncio.Queue()
         self._is_over = False
+        self._has_heard: bool | None = None  # since the last ping; None until the service has said anything
         self._error: VideoServiceError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._status_came = asyncio.Event()
@@ -116,14 +120,25 @@ class AsyncVideoSession:
                 self._is_open = False
 
     async def _ping(self) -> None:
+        """Show that this client is alive, and notice when the service is not: a lost connection may say nothing."""
+        unanswered = 0
         for nonce in itertools.count():
             await asyncio.sleep(PING_EVERY_S)
+            if self._has_heard is not None:  # before that, the call may wait for a gateway to start
+                unanswered = 0 if self._has_heard else unanswered + 1
+                self._has_heard = False
+            if unanswered > UNANSWERED_PINGS:
+                text = f"nothing has come from the service since {UNANSWERED_PINGS} pings"
+                self._error = VideoServiceError(grpc.StatusCode.UNAVAILABLE, text, reason="SERVER_SILENT")
+                self._call.cancel()
+                return
             await self._write(pb.StreamVideoRequest(ping=pb.Ping(nonce=nonce)))
 
     async def _read(self) -> None:
         """Take what the server says, to the end: its own account of an error is the last of it."""
         try:
             async for message in self._call:
+                self._has_heard = True
                 event = self._listener.hear(message)
                 if event is not None:
                     self._heard.put_nowait(event)

@@ -248,6 +248,14 @@ async def test_an_error_that_may_pass_says_when_to_come_back() -> None:
     assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 2.0)
 
 
+class Silent(video_pb2_grpc.VideoServiceServicer):
+    """Takes a session and does nothing more, as a process that hangs."""
+
+    async def StreamVideo(self, requests: Any, context: Any) -> AsyncIterator[pb.StreamVideoResponse]:  # noqa: N802
+        yield pb.StreamVideoResponse(queue_status=pb.QueueStatus())
+        await asyncio.get_running_loop().create_future()
+
+
 class Refusing(video_pb2_grpc.VideoServiceServicer):
     """Ends a call with an error at the second message."""
 
@@ -276,6 +284,22 @@ async def test_the_servers_error_is_heard_by_a_client_that_is_writing() -> None:
                 with pytest.raises(VideoServiceError) as caught:
                     await anext(session)
             assert (caught.value.reason, caught.value.retry_after_s) == ("DECODER_LOST", 2.0)
+
+
+async def test_a_server_that_answers_nothing_is_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.client.session.PING_EVERY_S", 0.01)
+    server = grpc.aio.server()
+    video_pb2_grpc.add_VideoServiceServicer_to_server(Silent(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop, None)
+        client = await stack.enter_async_context(AsyncVideoClient(f"127.0.0.1:{port}"))
+        session = await stack.enter_async_context(client.stream(StreamOptions("a fox")))
+        assert isinstance(await anext(session), Queued)
+        with pytest.raises(VideoServiceError) as caught:
+            await anext(session)
+    assert (caught.value.reason, caught.value.is_retryable) == ("SERVER_SILENT", True)
 
 
 async def test_a_server_that_is_not_there_is_an_error_without_a_reason() -> None:
