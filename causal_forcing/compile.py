@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,11 +74,15 @@ def require_compiler(device: torch.device | str) -> None:
     """Refuse to compile where generated code could not be built; called before any weights are loaded.
 
     Raises:
-        InvalidRequest: If there is no C++ compiler for the CPU, or no Triton for a GPU (field ``compile``).
+        InvalidRequest: If there is no C++ compiler for the CPU, or no Triton and C compiler for a GPU (field
+            ``compile``).
     """
     if torch.device(device).type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise InvalidRequest("compile", True, "needs Triton on a GPU: pip install triton")
+        chosen = os.environ.get("CC")
+        if not any(shutil.which(name) for name in ([chosen] if chosen else ["gcc", "clang"])):
+            raise InvalidRequest("compile", True, "needs a C compiler for Triton, e.g. gcc, or its path in CC")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds to import, and only compiling needs it
     from torch._inductor.exc import InvalidCxxCompiler

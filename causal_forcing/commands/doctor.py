@@ -16,9 +16,9 @@ import torch
 
 from causal_forcing.arithmetic import chunk_flops, decode_flops
 from causal_forcing.commands.devices import choose_device
-from causal_forcing.compile import compile_cache_dir
+from causal_forcing.compile import compile_cache_dir, require_compiler
 from causal_forcing.engine import Engine
-from causal_forcing.errors import BadCheckpoint
+from causal_forcing.errors import BadCheckpoint, InvalidRequest
 from causal_forcing.geometry import pixel_frames
 from causal_forcing.presets import PRESETS, Preset
 from causal_forcing.prompts import PromptUpdate, WeightedPrompt
@@ -66,6 +66,7 @@ def examine(device: torch.device, weights_dir: Path) -> dict[str, Any]:
         "weights_dir": str(weights_dir),
         "free_disk_bytes": shutil.disk_usage(existing).free,
         "compile_cache": str(compile_cache_dir()),
+        "compile_problem": _compile_problem(device),
         "modules": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
         "presets": [_examine_preset(preset, device, weights_dir, flops_per_s) for preset in PRESETS.values()],
     }
@@ -146,6 +147,15 @@ def _examine_preset(preset: Preset, device: torch.device, weights_dir: Path, flo
     }
 
 
+def _compile_problem(device: torch.device) -> str | None:
+    """Return why nothing can be compiled here, with what would help, or None."""
+    try:
+        require_compiler(device)
+    except InvalidRequest as error:
+        return error.metadata["allowed"]
+    return None
+
+
 def _missing_parts(preset: Preset, weights_dir: Path) -> list[str]:
     parts = ["transformer", "text_encoder", "tokenizer", "vae/wan"] + ["lora"] * (preset.files.lora is not None)
     missing = []
@@ -173,7 +183,7 @@ def describe(found: dict[str, Any]) -> str:
         f"{found['free_memory_bytes'] / 1e9:.1f} GB of memory free",
         f"torch     {found['machine']['torch']}, Python {found['machine']['python']}",
         f"weights   {found['weights_dir']}: {found['free_disk_bytes'] / 1e9:.1f} GB of disk free",
-        f"compiled  {found['compile_cache']}",
+        f"compiled  {found['compile_problem'] or found['compile_cache']}",
     ]
     if "cold_start_s" in found:
         phases = found["cold_start_s"]

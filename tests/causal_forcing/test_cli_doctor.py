@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config
 
 from causal_forcing.arithmetic import pass_flops
 from causal_forcing.cli import main
@@ -68,6 +69,12 @@ def test_a_cold_start_is_measured_with_the_embedded_model(monkeypatch):
 def test_the_driver_is_named_where_there_is_one(monkeypatch):
     monkeypatch.setattr(doctor.subprocess, "run", lambda *_a, **_o: SimpleNamespace(stdout="580.159.04\n580.159.04\n"))
     assert doctor.driver_version() == "580.159.04"
+
+
+def test_a_compiler_that_is_missing_is_named(capsys, tmp_path):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert main(["doctor", "--device", "cpu", "--weights-dir", str(tmp_path)]) == 0
+    assert "compiled  needs a C++ compiler" in capsys.readouterr().out
 
 
 def test_no_driver_is_not_an_error(monkeypatch, tmp_path):

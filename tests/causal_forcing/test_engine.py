@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._inductor.config
 
+from causal_forcing.compile import require_compiler
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest, OutOfMemory, SessionStateError
 from causal_forcing.startup import StartUp
@@ -40,6 +41,17 @@ def test_compiling_without_a_compiler_is_refused_before_loading(nothing_is_loade
         Engine.load("tiny", compiled=True)
     assert refusal.value.metadata["field"] == "compile"
     assert "C++ compiler" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "compiler", "needed"),
+    [(None, "gcc", "needs Triton"), ("triton", "no-such-compiler", "needs a C compiler for Triton")],
+)
+def test_a_gpu_needs_triton_and_a_c_compiler_to_compile(monkeypatch, found, compiler, needed):
+    monkeypatch.setattr("causal_forcing.compile.importlib.util.find_spec", lambda _name: found)
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(InvalidRequest, match=needed):
+        require_compiler("cuda")
 
 
 def test_loading_says_what_it_took():
