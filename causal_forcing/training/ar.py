@@ -55,6 +55,8 @@ BEGINNINGS, GPU_BEGINNINGS = 16, 384
 BEGINNING_DRAWS = 4
 COMPILE_LIMIT_S = 60
 """Longest wait for the compiler."""
+RECACHED = 0.25
+"""Share of clips whose context is read under the last caption throughout, as after a switch with ``recache``."""
 CONTEXT_NOISE = 0.2
 """Most noise mixed into the clean context, so that the model forgives its own small errors."""
 
@@ -67,6 +69,7 @@ class Batch:
         clean: ``[B, 16, F, h, w]`` normalised latents.
         ids: ``[B * P, L]`` int64, tokens of each clip's captions.
         of_frame: ``[B, F]`` int64: which of them each frame has.
+        of_clean: ``[B, F]`` int64: which of them each frame is read under as context.
         layout: Of the pass.
         block_pass: See :func:`~causal_forcing.training.teacher_forcing.predict`.
     """
@@ -74,13 +77,14 @@ class Batch:
     clean: Tensor
     ids: Tensor
     of_frame: Tensor
+    of_clean: Tensor
     layout: Layout
     block_pass: BlockPass | None = None
 
     def prompts(self, generator: Generator) -> Prompts:
         """Return the captions' embeddings, ``[B, P, text_len, text_dim]``, with gradients."""
         embeds = generator.embed(self.ids)
-        return Prompts(embeds.view(len(self.clean), -1, *embeds.shape[1:]), self.of_frame)
+        return Prompts(embeds.view(len(self.clean), -1, *embeds.shape[1:]), self.of_frame, self.of_clean)
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,20 @@ class Data:
     block_pass: BlockPass | None = None
 
     def batch(self, layout: Layout, random: StepRandom) -> Batch:
-        """Return random clips with both of their captions."""
+        """Return random clips with both of their captions; some are re-read under the second, as ``recache`` does."""
         drawn = torch.from_numpy(random.numpy.integers(len(self.values), size=self.clips))
         chosen = drawn.to(self.values.device)
         ids, of_frame = self.wordings.choose(chosen, self.values.shape[2], random.numpy)
-        return Batch(self.values[chosen], ids, of_frame, layout, self.block_pass)
+        recached = torch.from_numpy(random.numpy.random((self.clips, 1)) < RECACHED).to(of_frame.device)
+        of_clean = torch.where(recached, of_frame[:, -1:], of_frame)
+        return Batch(self.values[chosen], ids, of_frame, of_clean, layout, self.block_pass)
 
     def first_frames(self, random: StepRandom) -> Batch:
         """Return random clips' first frames with their caption."""
         drawn = torch.from_numpy(random.numpy.integers(len(self.values), size=self.beginnings))
         chosen = drawn.to(self.values.device)
         ids, of_frame = self.wordings.choose(chosen, 1, random.numpy)
-        return Batch(self.values[chosen, :, :1], ids[::2], of_frame, Layout(1, BEGINNING_DRAWS))
+        return Batch(self.values[chosen, :, :1], ids[::2], of_frame, of_frame, Layout(1, BEGINNING_DRAWS))
 
     def layout(self, draws: int, *, bidirectional: bool = False) -> Layout:
         """Return the layout of a pass over a batch."""

@@ -13,6 +13,7 @@ Source: Causal Forcing (arXiv 2602.02214) and Causal Forcing++ (arXiv 2605.15141
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from causal_forcing.training.loop import (
     wait_for,
 )
 from causal_forcing.training.model import Generator, add_noise, load_stage, new_generator
-from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
+from causal_forcing.training.teacher_forcing import Layout, predict
 
 SCHEDULE = Schedule(steps=1500, learning_rate=5e-4, warmup=30, decay_from=0.5, ema=0.99)
 GPU_SCHEDULE = Schedule(
@@ -77,7 +78,7 @@ def inconsistency(
     context = blurred_context(clean, random)
     with torch.no_grad(), device.autocast():
         prompts = batch.prompts(student)
-    prompts = Prompts(prompts.embeds.float(), prompts.of_frame)
+    prompts = replace(prompts, embeds=prompts.embeds.float())
 
     def velocity(model: Generator, x: Tensor, at: Tensor) -> Tensor:
         with device.autocast():

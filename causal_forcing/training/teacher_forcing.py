@@ -70,10 +70,13 @@ class Prompts:
     Attributes:
         embeds: ``[B, P, text_len, text_dim]``: up to ``P`` prompts a clip.
         of_frame: ``[B, F]`` int64: which of them each frame was made under.
+        of_clean: ``[B, F]`` int64: which of them each clean frame is read under, where that is another one; a switch
+            that re-reads the past (``recache``) reads all of it under the new prompt.
     """
 
     embeds: Tensor
     of_frame: Tensor
+    of_clean: Tensor | None = None
 
 
 def predict(
@@ -151,7 +154,8 @@ def _prompt_mask(prompts: Prompts, copies: int, tokens: int) -> Tensor | None:
     count, rows = prompts.embeds.shape[1:3]
     if count == 1:
         return None
-    of_token = prompts.of_frame.repeat(1, copies).repeat_interleave(tokens, 1)
+    of_clean = prompts.of_frame if prompts.of_clean is None else prompts.of_clean
+    of_token = torch.cat([of_clean, prompts.of_frame.repeat(1, copies - 1)], dim=1).repeat_interleave(tokens, 1)
     of_row = torch.arange(count, device=of_token.device).repeat_interleave(rows)
     return (of_token[:, :, None] == of_row)[:, None]
 

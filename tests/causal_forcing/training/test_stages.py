@@ -179,6 +179,17 @@ def test_first_frames_are_learnt_by_themselves_under_the_caption_that_they_begin
     torch.testing.assert_close(values["loss"], values["clips"] + values["beginnings"])
 
 
+def test_some_clips_are_read_under_their_last_caption(root):
+    generator = model.new_generator(root, 4, PRESET)
+    data = dataclasses.replace(ar.load_data(root, generator, CPU), clips=64)
+    batch = data.batch(data.layout(1), step_rng(1, 0))
+    switched = batch.of_frame.amax(1) > batch.of_frame[:, 0]
+    recached = (batch.of_clean != batch.of_frame).any(1)
+    assert 0 < recached.sum() < switched.sum()
+    assert torch.equal(batch.of_clean[recached], torch.ones_like(batch.of_clean[recached]))
+    assert not (recached & ~switched).any()
+
+
 def test_the_student_becomes_consistent(root, tmp_path):
     branch(root, tmp_path)
     ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))

@@ -25,8 +25,11 @@ def model():
     return model
 
 
-def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, layout):
-    """Velocities of one clip and draw, chunk by chunk, through the cache the sampler uses."""
+def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, layout, read_under=None):
+    """Velocities of one clip and draw, chunk by chunk, through the cache the sampler uses.
+
+    Clean frames are read under the prompt that they were made under, or all under one.
+    """
     device = torch.device("cpu")
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, device)
     sizes = CacheLayout(
@@ -46,6 +49,8 @@ def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, l
         context = ChunkContext(cache, plan, rotation, texts[int(prompt_of_frame[0, start])])
         modulation = model.modulate(float(timesteps[0, start]))
         velocities.append(model(noisy[:, :, frames], modulation, context))
+        if read_under is not None:
+            context = ChunkContext(cache, plan, rotation, texts[read_under])
         model.write_context(clean[:, :, frames], model.modulate(CONTEXT_TIMESTEP), context)
         cache.advance(plan)
     return torch.cat(velocities, dim=2)
@@ -76,6 +81,23 @@ def test_equals_the_cached_path(model, layout):
                 model, clean[one], noisy[one, :, own], timesteps[one, own], embeds[one], prompt_of_frame[one], layout
             )
             torch.testing.assert_close(got[one, :, own], want, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_equals_the_cached_path_when_the_past_is_read_under_a_new_prompt(model):
+    torch.manual_seed(4)
+    layout = Layout(FRAMES, 1, window=4)
+    clean, noisy = (torch.randn(GEOMETRY.latent_shape(FRAMES)) for _ in range(2))
+    embeds = torch.randn(1, 2, CONFIG.text_len, CONFIG.text_dim)
+    of_frame = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    timesteps = 1000 * torch.rand(1, FRAMES)
+    rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
+    prompts = Prompts(embeds, of_frame, torch.ones_like(of_frame))
+    got = predict(model, clean, noisy, timesteps, prompts, layout=layout, rotary=rotary)
+    want = cached_velocities(model, clean, noisy, timesteps, embeds, of_frame, layout, read_under=1)
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
+    kept = predict(model, clean, noisy, timesteps, Prompts(embeds, of_frame), layout=layout, rotary=rotary)
+    assert not torch.allclose(got, kept, atol=1e-2)
 
 
 @torch.no_grad()
