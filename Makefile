@@ -96,6 +96,7 @@ bench: $(STAMP) ## Measure everything again (minutes; REFERENCE=DIR: beside the 
 bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity, scaling (10 minutes), and fill the table.
 	$(PYTHON) benchmarks/serve_stream.py --engine simulated $(ARGS)
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --chunks 80 --switches 18 $(ARGS)
+	$(PYTHON) benchmarks/serve_stream.py --engine tiny --vae lightvae --chunks 80 --switches 18 $(ARGS)
 	$(PYTHON) benchmarks/serve_sharing.py
 	$(PYTHON) benchmarks/serve_scaling.py
 	$(PYTHON) benchmarks/serve_profiles.py

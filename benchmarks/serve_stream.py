@@ -1,6 +1,7 @@
 """One session through the whole service, against the same engine in one process.
 
     python benchmarks/serve_stream.py --engine tiny        # the embedded model; everything shares this machine's cores
+    python benchmarks/serve_stream.py --engine tiny --vae lightvae
     python benchmarks/serve_stream.py --engine simulated   # 101 ms a chunk asleep, 4 JPEGs of 60 kB
 
 What is measured, with the protocols of other systems: cadence (after a warm-up session, the steady part without the
@@ -33,10 +34,10 @@ DEADLINE_S = 4 / 16
 """A chunk's media time at 16 frames a second."""
 
 
-def configuration(engine: str) -> ServiceConfig:
-    """Return the service that is measured."""
+def configuration(engine: str, vae: str) -> ServiceConfig:
+    """Return the service that is measured; the simulated one has no VAE."""
     if engine == "tiny":
-        return configured(preset="tiny", vae="wan")
+        return configured(preset="tiny", vae=vae)
     return configured(
         engine="simulated",
         preset="causal-forcing-framewise",
@@ -180,11 +181,10 @@ async def profiled(address: str, part: str) -> list[dict[str, Any]]:
     return found
 
 
-def lines(engine: str, result: dict[str, Any]) -> list[dict[str, str]]:
+def lines(name: str, result: dict[str, Any]) -> list[dict[str, str]]:
     """Return the README's lines."""
     served, alone = result["service"], result["in_process"]
     felt, switch = served["cadence"], served["prompt_switch"]["W=2"]
-    name = {"tiny": "tiny, wan", "simulated": "simulated accelerator (101 ms a chunk)"}[engine]
     name += ", one session through the service"
     goal = switch["goal_s"]
     return [
@@ -213,15 +213,19 @@ def main() -> None:
     """Measure in process, through the service, and in process again; store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("tiny", "simulated"), default="simulated", help="what to serve")
+    parser.add_argument("--vae", choices=("wan", "lightvae"), default="wan", help="decoder of tiny (default wan)")
     parser.add_argument("--chunks", type=int, default=160, help="chunks of the long session (default 160)")
     parser.add_argument("--sessions", type=int, default=20, help="short sessions for the TTFC (default 20)")
     parser.add_argument("--switches", type=int, default=40, help="prompt switches at W=2 (default 40)")
     parser.add_argument("--profile", help="also show where this part of the service spends its time (gateway, ...)")
     arguments = parser.parse_args()
-    config = configuration(arguments.engine)
+    simulated = arguments.engine == "simulated"
+    if simulated and arguments.vae != "wan":
+        parser.error("--vae: the simulated engine has none")
+    config = configuration(arguments.engine, arguments.vae)
     rounds = [in_process(arguments.engine, config, 46)]
     with running(config) as (address, start_s):
-        fixed = CHUNK_S if arguments.engine == "simulated" else None
+        fixed = CHUNK_S if simulated else None
         served = asyncio.run(measure(address, arguments, fixed))
     rounds.append(in_process(arguments.engine, config, 46))
     alone = {name: round(statistics.mean(r[name] for r in rounds), 4) for name in rounds[0]}
@@ -234,8 +238,10 @@ def main() -> None:
         "fps_ratio": round(served["cadence"]["fps"] / alone["fps"], 3),
         "ttfc_added_s": round(served["ttfc_s"]["p50"] - alone["ttfc_s"], 4),
     }
-    result["readme"] = lines(arguments.engine, result)
-    write(f"serve_stream_{arguments.engine}", result)
+    result["readme"] = lines(
+        "simulated accelerator (101 ms a chunk)" if simulated else f"tiny, {arguments.vae}", result
+    )
+    write(f"serve_stream_{arguments.engine}" + ("" if arguments.vae == "wan" else f"_{arguments.vae}"), result)
 
 
 if __name__ == "__main__":
