@@ -21,9 +21,12 @@ from serve.app import APP_NAME, admission_name, build
 from serve.client import AsyncVideoClient, AsyncVideoSession, Ended, Frame, Queued, StreamOptions, VideoServiceError
 from serve.config import ServiceConfig, load_config
 from serve.local import free_port, local_service
+from tests.serve.cluster.crowd import visit_at_once
 
 PATIENCE_S = 120.0
 DOWNSCALE_S = 0.5
+CROWD = 16
+"""Sessions that come at once, two of which can run."""
 
 
 def configuration(grpc_port: int, http_port: int, **more: Any) -> ServiceConfig:
@@ -111,6 +114,8 @@ async def scale(address: str, watch: Watch, redeploy: Callable[[], ServiceConfig
             low.append(watch.generators())
         seen["while_the_newest_is_busy"] = [states for states in low if states != {"RUNNING": 2}]
         await newer.end()
+    async with asyncio.timeout(PATIENCE_S):
+        seen["crowd"] = await visit_at_once(address, CROWD)
     await watch.until("no generator is left", lambda states, counts: not states and counts["generators"] == 0)
     async with session(address) as running, session(address) as other, session(address) as waiting:
         await read(running, 2)

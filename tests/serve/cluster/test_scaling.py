@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from tests.serve.cluster.crowd import CHUNKS
+from tests.serve.cluster.scaling import CROWD
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -21,6 +24,10 @@ def test_generators_start_for_sessions_and_stop_after_them() -> None:
     assert seen["second"]["queued"] >= 1
     assert seen["generators_for_two"] == {"RUNNING": 2}
     assert seen["while_the_newest_is_busy"] == [], "Serve would stop the newest, which has a session"
+    crowd = seen["crowd"]
+    assert crowd["foreign"] == [], "something of one session reached another"
+    assert (crowd["names"], crowd["ended_well"]) == (CROWD, CROWD)
+    assert crowd["fewest_frames"] >= 1 + 4 * CHUNKS
     assert seen["while_draining"]["chunks"] == 30
     assert (seen["waiting"], seen["sent_away"]) == ("Queued", ["UNAVAILABLE", "REPLICA_DRAINING"])
     assert (seen["after_redeploy"]["chunks"], seen["still_running"]["chunks"]) == (2, 2)
