@@ -94,13 +94,13 @@ bench: $(STAMP) ## Measure everything again (minutes; REFERENCE=DIR: beside the 
 	$(MAKE) readme-numbers
 
 bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity, scaling (10 minutes), and fill the table.
-	$(PYTHON) benchmarks/serve_stream.py --engine simulated $(ARGS)
+	$(PYTHON) benchmarks/serve_stream.py --engine simulated --switches 24 $(ARGS)
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --chunks 80 --switches 18 $(ARGS)
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --vae lightvae --chunks 80 --switches 18 $(ARGS)
 	$(PYTHON) benchmarks/serve_sharing.py
 	$(PYTHON) benchmarks/serve_scaling.py
 	$(PYTHON) benchmarks/serve_profiles.py
-	$(PYTHON) benchmarks/serve_capacity.py --profile
+	$(PYTHON) benchmarks/serve_capacity.py --profile --seconds 9
 	$(MAKE) readme-numbers
 
 bench-cancel: $(STAMP) ## Measure how soon a generator is free, and what a kill costs (TRIALS=200 KILLS=5; 20 minutes).
