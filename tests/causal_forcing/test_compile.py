@@ -61,11 +61,11 @@ def test_a_full_window_never_compiles_again(chunk_frames, window_frames):
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-@pytest.mark.parametrize("laid_out", [False, True])
-def test_all_blocks_share_their_graphs(layers, laid_out):
+@pytest.mark.parametrize("layout", ["plain", "joined", "packed"])
+def test_all_blocks_share_their_graphs(layers, layout):
     eager = make_engine(config=dataclasses.replace(TRANSFORMER, num_layers=layers))
-    if laid_out:
-        eager.transformer.lay_out()
+    if layout != "plain":
+        eager.transformer.lay_out(6 if layout == "packed" else None)
     engine = compiled(eager, "aot_eager", by_block=True)
     warm_up(engine, open_session(engine, window_frames=4).config)
     assert not counters["graph_break"]
