@@ -19,6 +19,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from causal_forcing.prompts import PromptUpdate
+from causal_forcing.weights.memory import RESERVE_BYTES
 from serve.admission_actor import NAMESPACE
 from serve.app import APP_NAME, admission_name
 from serve.client import AsyncVideoClient, AsyncVideoSession, Event, Frame, StreamOptions, VideoServiceError
@@ -116,6 +117,15 @@ class Cluster:
         lines = [line for path in self.folder.glob("usage-*.jsonl") for line in path.read_text().splitlines()]
         return {record["session_id"]: record for record in map(json.loads, lines)}
 
+    def logs_with(self, text: str) -> list[str]:
+        """Return the files of all processes' logs and outputs that hold a text."""
+        import ray
+
+        logs = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1] / "logs"
+        files = [path for path in logs.rglob("*") if path.is_file()]
+        assert files
+        return [path.name for path in files if text.encode() in path.read_bytes()]
+
     async def http(self, path: str) -> tuple[int, bytes]:
         """Return the status and the body of an answer of the HTTP port."""
         url = f"http://127.0.0.1:{self.config.http_port}{path}"
@@ -201,13 +211,14 @@ def write_tenants(folder: Path, policy: str) -> Path:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start the service once for all tests."""
-    folder = tmp_path_factory.mktemp("operator")
+    folder, sizes = tmp_path_factory.mktemp("operator"), [[SIZE, SIZE], [64, 64]]
+    enough = load_config(None, sizes=sizes).generator_memory().total_bytes + RESERVE_BYTES
     config = load_config(
         None,
-        sizes=[[SIZE, SIZE], [64, 64]],
+        sizes=sizes,
         grpc_port=free_port(),
         http_port=free_port(),
-        generator={"silence_timeout_s": 5},
+        generator={"silence_timeout_s": 5, "memory_bytes": enough},
         identity={"tenants_file": str(write_tenants(folder, "{}"))},
         usage={"file": str(folder / "usage-{process}.jsonl")},
         limits={"silence_timeout_s": 20, "stall_timeout_s": 20, "max_queued_sessions": 2},

@@ -8,6 +8,7 @@ import json
 import grpc
 import pytest
 
+from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 from causal_forcing.version import __version__
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
@@ -15,6 +16,9 @@ from serve.client import AsyncVideoSession, Frame, Started, VideoServiceError
 from tests.serve.cluster.conftest import PATIENCE_S, Cluster, collect, eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.asyncio]
+
+
+PRIVATE = "a violet octahedron"
 
 
 async def running(session: AsyncVideoSession) -> str:
@@ -91,3 +95,24 @@ async def test_http_says_alive_ready_and_version_and_not_ready_while_a_generator
     await eventually(lambda: cluster.http("/readyz"), lambda answer: answer[0] == 503 and b"Generator" in answer[1])
     await eventually(lambda: cluster.http("/readyz"), lambda answer: answer[0] == 200)
     await cluster.serves()
+
+
+async def test_a_session_that_no_generator_has_the_memory_for_is_refused(cluster: Cluster) -> None:
+    window = cluster.config.allowed_window_frames
+    async with cluster.session(height=64, width=64, window_frames=window, sink_frames=window - 1) as session:
+        assert await end_of(session) == ("INVALID_ARGUMENT", "SESSION_TOO_LARGE")
+    async with cluster.session(height=64, width=64, window_frames=window) as session:
+        await running(session)
+    await cluster.until_free()
+
+
+async def test_logs_name_sessions_and_hold_no_prompt(cluster: Cluster) -> None:
+    async with cluster.session(PRIVATE) as session:
+        name = await running(session)
+        await session.update_prompt(f"{PRIVATE}, at night")
+        await collect(session, 4)
+        await session.update_prompt(PromptUpdate((WeightedPrompt(PRIVATE),), prompt_id=9 * PRIVATE))
+        assert await end_of(session) == ("INVALID_ARGUMENT", "INVALID_PROMPT")
+    await cluster.until_free()
+    await eventually(lambda: asyncio.to_thread(cluster.logs_with, name), bool)
+    assert not cluster.logs_with(PRIVATE)
