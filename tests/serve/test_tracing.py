@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -20,10 +18,8 @@ from serve.messages import Decoded
 from serve.session import LiveSession
 from serve.session_meter import SessionMeter
 from serve.tracing import UNTRACED, Tracing
+from tests.serve.collector import Collector, collecting
 from tests.serve.fakes import Client, FakeBackends, chunk
-
-trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
-trace_service_grpc = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc")
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 SECRET = "a fox that nobody may know of"
@@ -32,42 +28,11 @@ SAMPLED = [("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01")]
 NOT_SAMPLED = [("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-00")]
 
 
-@dataclass
-class Collector:
-    """What came over OTLP."""
-
-    port: int = 0
-    requests: list[Any] = field(default_factory=list)
-
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self.requests.append(request)
-        return trace_service.ExportTraceServiceResponse()
-
-    @property
-    def spans(self) -> list[Any]:
-        return [
-            span for request in self.requests for r in request.resource_spans for s in r.scope_spans for span in s.spans
-        ]
-
-    def named(self, name: str) -> list[Any]:
-        return [span for span in self.spans if span.name == name]
-
-    def inside(self, parent: Any) -> list[Any]:
-        return sorted(
-            (s for s in self.spans if s.parent_span_id == parent.span_id), key=lambda s: s.start_time_unix_nano
-        )
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     """A collector in this process."""
-    server = grpc.server(ThreadPoolExecutor(1))
-    collector = Collector()
-    trace_service_grpc.add_TraceServiceServicer_to_server(collector, server)
-    collector.port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield collector
-    server.stop(None).wait()
+    with collecting() as collector:
+        yield collector
 
 
 @contextmanager

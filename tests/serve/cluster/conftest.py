@@ -41,11 +41,13 @@ class Cluster:
         address: Of the gRPC proxy.
         config: What it runs with; the identity is none, so every caller is the operator `local`.
         folder: Where the tenants' file is, and usage records go.
+        metrics_url: What Prometheus scrapes.
     """
 
     address: str
     config: ServiceConfig
     folder: Path
+    metrics_url: str = ""
 
     @asynccontextmanager
     async def session(
@@ -222,6 +224,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         identity={"tenants_file": str(write_tenants(folder, "{}"))},
         usage={"file": str(folder / "usage-{process}.jsonl")},
         limits={"silence_timeout_s": 20, "stall_timeout_s": 20, "max_queued_sessions": 2},
+        observability={
+            "price_per_replica_hour": {"generator": 2.5},
+            "tracing": {"endpoint": f"127.0.0.1:{free_port()}", "sample_ratio": 1e-9},  # who asks for it, is traced
+        },
     )
-    with local_service(config) as service:
-        yield Cluster(service.address, config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        with local_service(config) as service:
+            yield Cluster(service.address, config, folder, service.metrics_url)
