@@ -28,7 +28,8 @@ async def asking(handler: Handler, **fields: Any) -> AsyncIterator[Moderator]:
     app = web.Application()
     app.router.add_post("/verdict", handler)
     async with TestServer(app) as server:
-        moderator = Moderator(ModerationConfig(url=str(server.make_url("/verdict")), **fields))
+        patient = {"timeout_s": 30, **fields}
+        moderator = Moderator(ModerationConfig(url=str(server.make_url("/verdict")), **patient))
         try:
             yield moderator
         finally:
