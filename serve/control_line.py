@@ -91,8 +91,10 @@ class ControlLine:
         return update, tuple(embeddings)
 
     async def close(self) -> None:
-        """Forget the log; nothing is said any more."""
+        """Forget the log and all that was said; nothing is said any more."""
         async with self._order:
+            self._window, self._standing = EmbeddingWindow(), {}
+            self._unshown.clear()
             await self._close()
 
     async def _put(self, message: Callable[[], Control]) -> None:

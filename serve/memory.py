@@ -45,6 +45,10 @@ class SessionMemory:
         embeddings = {e.key: e.tensor.nbytes for prompt in self._prompts for e in prompt.embeddings}
         return sum(latents.nbytes for _, latents in self._pieces) + sum(embeddings.values())
 
+    def clear(self) -> None:
+        """Let go of everything; a session that is over may be kept in memory for a while by whoever ended it."""
+        self._pieces, self._prompts, self._point = [], [], None
+
     def commit(self, chunk: GeneratedChunk) -> None:
         """Take in a chunk: from here on it is part of the session, wherever that goes on."""
         self._point = chunk.point

@@ -83,6 +83,10 @@ class Outbox:
         """End the iteration after what was sent."""
         self._queue.put_nowait(None)
 
+    def discard(self) -> None:
+        """Let go of what nobody will take any more."""
+        self._queue, self.nbytes = asyncio.Queue(), 0
+
     def place(self, place: Place, waited_s: float) -> None:
         """Tell where the session stands in the queue."""
         status = pb.QueueStatus(sessions_ahead_count=place.ahead)

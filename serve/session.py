@@ -135,6 +135,7 @@ class LiveSession:
             if not self._is_ending:  # otherwise it is giving everything back, which must not be interrupted
                 driver.cancel()
             await asyncio.wait([driver])
+            self._outbox.discard()
 
     async def _drive(self, log_fields: Mapping[str, str]) -> None:
         bind(**log_fields)  # this task is detached, and so are its context's variables
@@ -156,6 +157,8 @@ class LiveSession:
                 await self._release()
             finally:
                 self._outbox.close()
+                if self._memory is not None:
+                    self._memory.clear()
 
     async def _run(self) -> pb.EndReason:
         """Return why the session ended well, or raise why it did not."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from itertools import cycle, islice
 
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.errors import EndedByOperator, Unavailable
+from serve.messages import PackedTensor
+from serve.session import LiveSession
 from tests.serve.fakes import Client, FakeBackends, open_session
 
 SESSIONS = 400
@@ -107,3 +110,24 @@ async def test_sessions_leave_nothing_behind_in_their_process() -> None:
             await asyncio.sleep(0)
     assert backends.losses == []
     assert backends.decode_failures == []
+
+
+def held_bytes() -> int:
+    """Return the bytes of all arrays that anything in this process still refers to, in cycles or not."""
+    return sum(some.data.nbytes for some in gc.get_objects() if isinstance(some, PackedTensor))
+
+
+async def test_what_is_large_goes_with_the_session_and_not_with_the_garbage_collector() -> None:
+    backends = FakeBackends()
+    gc.collect()
+    gc.disable()
+    try:
+        before = held_bytes()
+        for kind in (ends, half_closes, is_cut_off, leaves_at_once, loses_its_generator_and_goes_on):
+            for _ in range(5):
+                await kind(backends)
+            live = [some for some in gc.get_objects() if isinstance(some, LiveSession)]
+            assert sum(some.nbytes for some in live) == 0, kind.__name__
+        assert held_bytes() - before < 64 << 10
+    finally:
+        gc.enable()

@@ -223,6 +223,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         generator={"silence_timeout_s": 5, "memory_bytes": enough},
         identity={"tenants_file": str(write_tenants(folder, "{}"))},
         usage={"file": str(folder / "usage-{process}.jsonl")},
+        text_encoder={"silence_timeout_s": 5},
+        vae_decoder={"silence_timeout_s": 5},
         limits={"silence_timeout_s": 20, "stall_timeout_s": 20, "max_queued_sessions": 2},
         observability={
             "price_per_replica_hour": {"generator": 2.5},

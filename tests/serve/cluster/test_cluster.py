@@ -222,6 +222,28 @@ async def test_a_session_outlives_a_generator_that_is_frozen(cluster: Cluster) -
     await cluster.serves()
 
 
+async def test_a_decoder_that_is_frozen_does_not_show(cluster: Cluster) -> None:
+    async with asyncio.timeout(2 * PATIENCE_S), cluster.session(FOX, seed=SEED) as session:
+        _, frames = await collect(session, 4)
+        with cluster.frozen("VaeDecoder") as process:
+            _, later = await collect(session, 8)
+            await asyncio.to_thread(process.wait, PATIENCE_S)  # it holds a device's memory as long as it is there
+    assert same({**frames, **later}, in_process(None, 8))
+    await cluster.until_free()
+
+
+async def test_a_text_encoder_that_is_frozen_is_replaced_while_a_session_runs(cluster: Cluster) -> None:
+    async with asyncio.timeout(2 * PATIENCE_S), cluster.session() as session:
+        await first_frame(session.__anext__)
+        with cluster.frozen("TextEncoder") as process:
+            await session.update_prompt(SNOW)
+            await asyncio.to_thread(process.wait, PATIENCE_S)
+            async for event in session:
+                if isinstance(event, Frame) and event.prompt_id == "second":
+                    break
+    await cluster.until_free()
+
+
 async def test_a_proxy_that_dies_leaves_no_lease(cluster: Cluster) -> None:
     async with cluster.session() as session:
         await first_frame(session.__anext__)
