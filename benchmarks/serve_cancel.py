@@ -6,7 +6,8 @@ A simulated generator of 101 ms a chunk in four steps, frames of 60 kB. A viewer
 half-closes, cancels, loses its connection (both ends are reset), or has not read for half a second, behind a window of
 64 KiB, and then cancels; measured until admission can grant the generator to the next one. Then `kill -9` of each kind
 of process while a session runs, with one replica of everything and with two: whether the session goes on, and after how
-long, or what it ends with and when its generator is free; and the time from the kill to a new session's first chunk.
+long, or what it ends with and when its generator is free; and the time from the kill to the first chunk of a new
+session, which is asked for as soon as the first one has ended, or has made ten chunks more.
 """
 
 from __future__ import annotations

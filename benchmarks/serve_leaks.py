@@ -63,6 +63,19 @@ def left_behind(before: Mapping[str, Mapping[str, int]], after: Mapping[str, Map
     }
 
 
+async def settled(
+    service: Service, before: Mapping[str, Mapping[str, int]]
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """Return what is kept once all is given back, or after half a minute, and what of it is left behind."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        after = await service.holdings()
+        left = left_behind(before, after)
+        if not left or time.monotonic() > deadline:
+            return after, left
+        await asyncio.sleep(0.2)
+
+
 async def measure(address: str, service: Service, sessions: int) -> dict[str, Any]:
     """Return what the sessions have left behind."""
     await visit_all(address, WARM_UP)
@@ -72,9 +85,7 @@ async def measure(address: str, service: Service, sessions: int) -> dict[str, An
     await visit_all(address, sessions)
     seconds = time.perf_counter() - start
     await service.until_free(GENERATORS)
-    deadline = time.monotonic() + SETTLE_S
-    while (left := left_behind(before, after := await service.holdings())) and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.2)
+    after, left = await settled(service, before)
     memory = {part: round(amount - memory_before.get(part, 0.0), 1) for part, amount in memory_mb().items()}
     return {
         "sessions": sessions,

@@ -25,7 +25,7 @@ from _holdings import Service, memory_mb
 from _report import write
 from _service import configured, running
 from _visits import Visit, prompt, visit
-from serve_leaks import ALLOWED, left_behind
+from serve_leaks import ALLOWED, settled
 from serve_stream import CHUNK_S, FRAME_BYTES
 
 from protos.causal_forcing.v1 import video_pb2 as pb
@@ -139,7 +139,7 @@ async def soak(address: str, service: Service, minutes: float) -> dict[str, Any]
     users = [User(address, number, until_s) for number in range(USERS)]
     readings, *_ = await asyncio.gather(sample(60 * minutes / SAMPLES, until_s), *(user.run() for user in users))
     await service.until_free(GENERATORS)
-    after = await service.holdings()
+    _, left = await settled(service, before)
     memory = {part: growth([reading[part] for reading in readings]) for part in readings[0]}
     return {
         "minutes": minutes,
@@ -148,7 +148,7 @@ async def soak(address: str, service: Service, minutes: float) -> dict[str, Any]
         "seen": {name: sum(user.seen[name] for user in users) for name in users[0].seen},
         "memory": memory,
         "is_flat": all(entry["is_flat"] for entry in memory.values()),
-        "left": left_behind(before, after),
+        "left": left,
         "allowed": ALLOWED,
         "readings_mb": {part: [reading[part] for reading in readings] for part in readings[0]},
     }
