@@ -32,3 +32,4 @@ def test_generators_start_for_sessions_and_stop_after_them() -> None:
     assert (seen["waiting"], seen["sent_away"]) == ("Queued", ["UNAVAILABLE", "REPLICA_DRAINING"])
     assert (seen["after_redeploy"]["chunks"], seen["still_running"]["chunks"]) == (2, 2)
     assert seen["ended_well"]
+    assert seen["of_another_model"] == ["UNAVAILABLE", "REPLICA_DRAINING"]
