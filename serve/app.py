@@ -35,6 +35,11 @@ DRAIN_MARGIN_S = 60.0
 SPARE_CALLS = 50
 """Calls that a gateway takes beyond its sessions, to refuse them itself and at once."""
 
+SURGE_PERCENT = 1
+"""Replicas beyond the wanted number during an update, rounded up: at least one. The old replica goes on until the new
+one is ready; in Serve's usual order every session would be without a decoder meanwhile. Not for what holds sessions: it
+ends with them anyway, and a gateway that will be replaced must get no new ones, for which it has no generators."""
+
 LOOK_BACK_S = 15.0
 """Time over which Serve averages calls under way; replicas and handles report them every 10 s."""
 
@@ -49,6 +54,7 @@ def build(config: ServiceConfig) -> Application:
     common: dict[str, Any] = {**HEALTH, "graceful_shutdown_timeout_s": drain_s}
     text_encoder = serve.deployment(
         name="TextEncoder",
+        max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=512,
         logging_config=_logs(config, calls=False),
         **_scale(config.text_encoder),
@@ -66,6 +72,7 @@ def build(config: ServiceConfig) -> Application:
     )(Generator)
     decoder = serve.deployment(
         name="VaeDecoder",
+        max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=512,
         logging_config=_logs(config, calls=False),
         request_router_config=_router(patience_s=10.0),

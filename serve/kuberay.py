@@ -7,6 +7,7 @@ model's sizes), and every grace time (from `limits.max_session_s`). What cannot 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -239,7 +240,9 @@ def _replicas(deployment: Mapping[str, Any]) -> Replicas:
         reason = "must be more than 0 on a cluster, which takes away nodes whose resources nobody uses"
         raise InvalidRequest(f"{FIELDS[deployment['name']]}.num_cpus", each.cpus, reason)
     fewest = scaling.get("min_replicas", fixed)
-    return Replicas(deployment["name"], each, fewest, scaling.get("max_replicas", max(fixed, fewest)))
+    most = scaling.get("max_replicas", max(fixed, fewest))
+    surge = math.ceil(deployment.get("max_surge_percent", 0) / 100 * most)
+    return Replicas(deployment["name"], each, fewest, most, surge)
 
 
 def _check_service(config: ServiceConfig, cluster: ClusterConfig) -> None:
@@ -261,6 +264,10 @@ def _check_pool(pool: NodePool) -> None:
         if not one.each.fits(pool.node):
             needed = f"must hold a {one.name} of {one.each.cpus:g} CPUs and {one.each.gpus:g} GPUs"
             raise InvalidRequest(name, f"{pool.config.cpus} CPUs, {pool.config.gpus} GPUs", needed)
+    for_update = nodes_needed(pool.node, [(one.each, one.most + one.surge) for one in pool.deployments])
+    if for_update > pool.max_nodes:
+        needed = f"must be {pool.config.surge_nodes + for_update - pool.max_nodes}: an update starts what is new first"
+        raise InvalidRequest(f"{name}.surge_nodes", pool.config.surge_nodes, needed)
     if pool.config.gpus and not any(one.each.gpus for one in pool.deployments):
         raise InvalidRequest(f"{name}.gpus", pool.config.gpus, "can have no effect: nothing there uses one")
     limit = pool.config.gpu_memory_gib

@@ -44,12 +44,14 @@ class Replicas:
         each: What one replica takes.
         fewest: Replicas there always are.
         most: Replicas there may be.
+        surge: Replicas beyond that while an update replaces them.
     """
 
     name: str
     each: Amount
     fewest: int
     most: int
+    surge: int = 0
 
 
 def nodes_needed(node: Amount, replicas: Sequence[tuple[Amount, int]]) -> int:
@@ -73,7 +75,7 @@ def nodes_needed(node: Amount, replicas: Sequence[tuple[Amount, int]]) -> int:
 
 def full_nodes(node: Amount, deployments: Sequence[Replicas]) -> Iterator[tuple[int, ...]]:
     """Yield every number of replicas, deployment by deployment, that one node can hold at a time."""
-    for counts in product(*(range(min(one.most, _fitting(one.each, node)) + 1) for one in deployments)):
+    for counts in product(*(range(min(one.most + one.surge, _fitting(one.each, node)) + 1) for one in deployments)):
         total = sum((one.each * count for one, count in zip(deployments, counts, strict=True)), start=Amount(0))
         if total.fits(node):
             yield counts

@@ -25,7 +25,7 @@ PATIENCE_S = 90.0
 
 
 class Deployed:
-    """A cluster with one node a pool, two of the generators' pool, and the demo on it."""
+    """A cluster with one node a pool, the most of pools that grow up to two, and the demo on it."""
 
     def __init__(self, folder: Path) -> None:
         (service,) = of_kind(rendered("overlays/cpu-demo"), "RayService")
@@ -50,7 +50,7 @@ class Deployed:
         for group in self._groups:
             resources = {name: float(value) for name, value in group["resources"].items()}
             cpus = int(resources.pop("CPU"))
-            for _ in range(2 if group["groupName"] == "generator" else 1):
+            for _ in range(min(2, group["maxReplicas"])):
                 node = self.cluster.add_node(num_cpus=cpus, resources=resources, object_store_memory=memory, wait=False)
                 self.nodes.setdefault(group["groupName"], []).append(node.node_id)
         self.cluster.wait_for_nodes(timeout=60)

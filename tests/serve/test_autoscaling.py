@@ -240,5 +240,8 @@ def test_serve_is_given_what_the_configuration_says() -> None:
     assert scaling["Generator"].policy.get_policy().__name__ == "GeneratorPolicy"
     assert others["Generator"].max_ongoing_requests == 3
     assert gateway.max_ongoing_requests > 30
+    surge = {deployment.name: deployment._deployment_config.max_surge_percent for deployment in others.values()}
+    assert surge == {"TextEncoder": 1, "Generator": 0, "VaeDecoder": 1}, "no session may be without a decoder"
+    assert gateway._deployment_config.max_surge_percent == 0, "new sessions wait for the new one"
     for deployment in (gateway, *others.values()):
         assert deployment._deployment_config.graceful_shutdown_timeout_s > 100, "a session may last this long"

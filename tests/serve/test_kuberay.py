@@ -86,12 +86,19 @@ def codec(**changes: Any) -> dict[str, Any]:
     return {"pools": cluster["pools"]}
 
 
+def demo_without_room() -> dict[str, Any]:
+    cluster = load_section(ClusterConfig, OVERLAYS / "cpu-demo/cluster.yaml").model_dump()
+    cluster["pools"]["codec"]["surge_nodes"] = 0
+    return {"pools": cluster["pools"]}
+
+
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("cpu-demo", {}, {"peers": "loopback"}, "peers", "refuse every caller"),
     ("cpu-demo", {}, {"placement": {}}, "placement.gateway", "one of the cluster's pools: gateway, generator, codec"),
     ("cpu-demo", {}, {"generator": {}}, "generator.num_cpus", "takes away nodes"),
     ("cpu-demo", {"weights": {}}, {}, "weights", "needs no files"),
     ("cpu-demo", {}, {"vae_decoder": {"num_cpus": 2}}, "pools.codec", "must hold a VaeDecoder of 2 CPUs"),
+    ("cpu-demo", demo_without_room(), {}, "pools.codec.surge_nodes", "must be 1: an update starts"),
     ("gpu", {"weights": None}, {}, "weights", "causal-forcing-framewise"),
     (
         "gpu",
@@ -100,7 +107,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
         "pools.codec",
         "TextEncoder of 1 CPUs and 0.2 GPUs",
     ),
-    ("gpu", codec(gpu_memory_gib=20), {}, "pools.codec.gpu_memory_gib", "must be at least 21.5"),
+    ("gpu", codec(gpu_memory_gib=20), {}, "pools.codec.gpu_memory_gib", "must be at least 22.2"),
     ("gpu", codec(gpu_tflops=60), {}, "pools.codec.gpu_tflops", "8 viewers at 51.7 TFLOP/s each (wan)"),
 ]
 
