@@ -1,6 +1,6 @@
 """What settings of Ray Serve's own do to the cost of a chunk: the same load under several environments.
 
-    python benchmarks/serve_profiles.py --profiles default grpc_proxy haproxy
+    python benchmarks/serve_profiles.py --profiles plasma default grpc_proxy haproxy
 
 Each profile is a cluster of its own with four sessions at 16 frames a second on simulated generators, and then ping's
 round trip and the time to the first chunk. The number to compare is CPU time a chunk: it changes little with what else
@@ -78,7 +78,7 @@ def main() -> None:
         "--profiles",
         nargs="+",
         choices=PROFILES,
-        default=["default", "grpc_proxy", "haproxy"],
+        default=["plasma", "default", "grpc_proxy"],
     )
     parser.add_argument("--sessions", type=int, default=4, help="sessions at 16 frames a second (default 4)")
     parser.add_argument("--seconds", type=float, default=10, help="length of the loaded run (default 10)")
