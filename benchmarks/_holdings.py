@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 from _service import processes
 
-from serve.admission_actor import find
+from serve.admission.actor import find
 from serve.app import APP_NAME, admission_name
 from serve.config import ServiceConfig
 

@@ -15,7 +15,7 @@ import time
 
 from _report import quantiles, write
 
-from serve.admission import SETTLE_S, AdmissionBook
+from serve.admission.book import SETTLE_S, AdmissionBook
 from serve.messages import Share, Ticket
 
 

@@ -83,7 +83,7 @@ def _tiny(config: ServiceConfig, chunks: int) -> tuple[list[float], list[float]]
 
 
 def _simulated(config: ServiceConfig, chunks: int) -> tuple[list[float], list[float]]:
-    from serve.frames import FrameFormat, new_encoder
+    from serve.codecs.frames import FrameFormat, new_encoder
     from serve.simulated import SimulatedDecoder, SimulatedGenerator
 
     session_config = config.model_preset.session_config()

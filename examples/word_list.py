@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from serve.moderation import Question, Verdict
+from serve.access.moderation import Question, Verdict
 
 WORDS = frozenset({"gore", "swastika"})
 """Refused, whatever their case and spelling in Unicode."""

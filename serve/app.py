@@ -16,7 +16,7 @@ from ray.serve.schema import LoggingConfig
 from causal_forcing.version import __version__
 
 from .config import CallScaling, GatewayScaling, Scaled, ServiceConfig, WorkerConfig
-from .gateway import Gateway
+from .gateway.deployment import Gateway
 from .generator import Generator
 from .pools import in_pool
 from .router import PreferredReplicaRouter

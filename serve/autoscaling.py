@@ -20,9 +20,9 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingContext
 
-from .admission_actor import find
+from .admission.actor import find
+from .admission.fleet import stop_order
 from .detached import detached
-from .fleet import stop_order
 from .messages import GeneratorDemand
 
 POLL_EVERY_S = 0.25

@@ -15,7 +15,7 @@ from causal_forcing.errors import InvalidRequest, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
 
-from .access_config import IdentityConfig, LogConfig, ModerationConfig, UsageConfig
+from .access.config import IdentityConfig, LogConfig, ModerationConfig, UsageConfig
 from .section import Section
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class GeneratorConfig(WorkerConfig):
         sessions_per_replica: Sessions that take turns on one device, a chunk each; each gets its share of the speed.
         memory_bytes: Memory of one device. With it the configuration is refused if the weights and that many sessions
             of the largest kind do not fit; without it a replica finds that out when it starts. Admission counts what
-            is left of it beside the weights (see :mod:`serve.budget`).
+            is left of it beside the weights (see :mod:`serve.admission.budget`).
         first_chunk_timeout_s: How long each of a session's first chunks may take; later ones are compared with those
             before them. A device that takes longer is taken for broken.
         silence_timeout_s: A generator whose process says nothing for this long is ended.

@@ -20,8 +20,8 @@ from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.resume import AppliedPrompt, StreamPoint, resume_session
 from causal_forcing.startup import StartUp
 
+from .codecs.frames import Pixels
 from .config import ServiceConfig, WorkerConfig
-from .frames import Pixels
 from .logs import LOGGER
 from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
 from .metrics import SILENT, Recorder

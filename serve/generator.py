@@ -23,8 +23,10 @@ from ray.exceptions import RayActorError
 
 from causal_forcing.errors import DeviceFault, SessionStateError
 
-from .admission_actor import connect
-from .budget import session_budget
+from .admission.actor import connect
+from .admission.budget import session_budget
+from .admission.reporter import Reporter
+from .admission.succession import refusal
 from .config import ServiceConfig
 from .detached import detached
 from .device import DEVICE_FAULTS, StepClock, end_process, run_within
@@ -51,9 +53,7 @@ from .metrics import Place
 from .metrics.generator import GeneratorMeter
 from .metrics.process import replica_recorder, watch_replica
 from .pace import Pace
-from .reporter import Reporter
 from .status import failure_of
-from .succession import refusal
 
 POLL_S = 2.0
 """How long one poll of the mailbox waits; the next one also says that this process is not frozen."""

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .access_config import LogConfig
+from .access.config import LogConfig
 
 LOGGER = logging.getLogger("ray.serve")
 """Serve's logger: its records carry the replica and, in a request's own task, the request."""

@@ -19,7 +19,7 @@ from causal_forcing.geometry import pixel_frames
 from causal_forcing.prompts import PromptUpdate
 from causal_forcing.resume import StreamPoint
 
-from .frames import EncodedFrame, FrameFormat
+from .codecs.frames import EncodedFrame, FrameFormat
 from .metrics.drift import LatentStats
 from .status import Failure
 
@@ -293,7 +293,7 @@ class LeaseRequest:
         resume: What to go on from; None for a session that has no chunk yet.
         frames_per_second: Pace of the video; None is as fast as possible.
         lead_s: How much earlier than at its time in the video a chunk may be begun.
-        model: The gateway's model (see :func:`serve.succession.refusal`); likewise in the other requests.
+        model: The gateway's model (see :func:`serve.admission.succession.refusal`); likewise in the other requests.
     """
 
     replica_id: str

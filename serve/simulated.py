@@ -18,8 +18,8 @@ from causal_forcing.geometry import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_ST
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
 from causal_forcing.resume import StreamPoint
 
+from .codecs.frames import Pixels
 from .config import ServiceConfig
-from .frames import Pixels
 from .messages import GeneratedChunk, PackedEmbedding, PackedTensor, Resume
 from .metrics.drift import LatentStats
 from .planted import strike

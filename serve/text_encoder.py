@@ -13,6 +13,7 @@ import ray
 from ray import serve
 
 from . import logs
+from .admission.succession import refusal
 from .config import ServiceConfig
 from .device import DEVICE_FAULTS, Warden
 from .engines import load_text
@@ -20,7 +21,6 @@ from .messages import Encoded, PackedEmbedding, Process
 from .metrics import Place
 from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
-from .succession import refusal
 
 
 class TextEncoder:

@@ -20,16 +20,16 @@ import ray
 from ray import serve
 
 from . import logs
+from .admission.succession import refusal
+from .codecs.frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
 from .config import ServiceConfig
 from .device import Warden
 from .engines import DecoderEngine, DecoderStream, load_decoder
-from .frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
-from .images import read_start_image
+from .gateway.images import read_start_image
 from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor, Process
 from .metrics import SILENT, Place, Recorder
 from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
-from .succession import refusal
 
 IDLE_S = 300.0
 """A cache that was not used for this long belongs to a session whose end was lost."""

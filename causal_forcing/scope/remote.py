@@ -21,7 +21,7 @@ from .requests import ChunkRequest, Start
 
 if TYPE_CHECKING:
     from serve.client import VideoSession
-    from serve.frames import Pixels
+    from serve.codecs.frames import Pixels
 
     from .schema import CausalForcingConfig
 

@@ -13,7 +13,7 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from .errors import VideoServiceError
 
 if TYPE_CHECKING:
-    from serve.frames import Pixels
+    from serve.codecs.frames import Pixels
 
 CODECS = {
     "jpeg": pb.FRAME_CODEC_JPEG,
@@ -250,7 +250,7 @@ class Frame:
         """
         if self.codec not in STILL_CODECS:
             raise ValueError(f"a frame of {self.codec} is not a picture by itself")
-        from serve.frames import Codec, decode_frame
+        from serve.codecs.frames import Codec, decode_frame
 
         return decode_frame(Codec(self.codec), self.data, self.height, self.width)
 

@@ -44,19 +44,19 @@ def _check(config: ServiceConfig) -> str:
 
 
 def _show(config: ServiceConfig) -> str:
-    from serve.serve_config import to_yaml
+    from serve.deploy.serve_config import to_yaml
 
     return to_yaml(config.model_dump(mode="json")).rstrip()
 
 
 def _serve(config: ServiceConfig) -> str:
-    from serve.serve_config import serve_config, to_yaml
+    from serve.deploy.serve_config import serve_config, to_yaml
 
     return to_yaml(serve_config(config)).rstrip()
 
 
 def _write_manifests(config: ServiceConfig, cluster: Path, output: Path) -> int:
-    from serve.kuberay import ClusterConfig, manifests
+    from serve.deploy.kuberay import ClusterConfig, manifests
 
     for name, text in manifests(config, load_section(ClusterConfig, cluster)).items():
         (output / name).write_text(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from serve.draining import RayCluster, drain_node
+from serve.deploy.draining import RayCluster, drain_node
 
 EXIT_LEFT = 3
 """Not everything had ended in time."""

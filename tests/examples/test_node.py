@@ -14,7 +14,7 @@ from typing import Any
 import av
 import pytest
 
-from serve.fmp4 import nal_type, split_nals
+from serve.codecs.fmp4 import nal_type, split_nals
 from serve.simulated import mark
 from tests.serve.fakes import FakeBackends, simulated
 from tests.serve.server import serving_in_background

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.moderation import Question
+from serve.access.moderation import Question
 
 PATH = Path(__file__).parents[2] / "examples" / "word_list.py"
 

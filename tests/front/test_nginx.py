@@ -18,7 +18,7 @@ from causal_forcing.cli import main
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
 from serve.local import free_port
-from tests.serve.test_gateway_service import running, send_config
+from tests.serve.gateway.test_service import running, send_config
 
 TEMPLATE = Path(__file__).parents[2] / "k8s" / "front" / "nginx.conf.template"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from serve.client import AsyncVideoClient, AsyncVideoSession, Frame, Started, StreamOptions, VideoServiceError
+from serve.deploy.serve_config import to_yaml
 from serve.local import free_port
-from serve.serve_config import to_yaml
 from tests.k8s.conftest import ROOT, containers, of_kind, rendered
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]

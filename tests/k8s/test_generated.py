@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from serve.config import ServiceConfig, load_config, load_section
-from serve.kuberay import REPLACE_S, ClusterConfig, drain_seconds, manifests
+from serve.deploy.kuberay import REPLACE_S, ClusterConfig, drain_seconds, manifests
+from serve.deploy.serve_config import serve_config
 from serve.local import ENVIRONMENT
-from serve.serve_config import serve_config
 from tests.k8s.conftest import OVERLAYS, ROOT, containers, of_kind, rendered
 
 GENERATED = [name for name in OVERLAYS if (ROOT / "k8s/overlays" / name / "cluster.yaml").exists()]

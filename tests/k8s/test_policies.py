@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.deploy.pods import SERVICE_ACCOUNT_PATH
 from serve.local import ENVIRONMENT
-from serve.pods import SERVICE_ACCOUNT_PATH
 from tests.k8s.conftest import Manifest, name_of, of_kind, rendered
 
 OURS = {"app.kubernetes.io/part-of": "causal-forcing"}

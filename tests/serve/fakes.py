@@ -18,8 +18,9 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import ServiceConfig, load_config
 from serve.device import Warden
 from serve.errors import Unavailable
+from serve.gateway.inputs import StreamInput
+from serve.gateway.session import LiveSession
 from serve.generator import Lease
-from serve.inputs import StreamInput
 from serve.mailbox import MailboxRoom
 from serve.messages import (
     Claim,
@@ -37,7 +38,6 @@ from serve.messages import (
     Place,
     Resume,
 )
-from serve.session import LiveSession
 from serve.simulated import SimulatedDecoder, SimulatedGenerator, SimulatedText
 from serve.status import FailedElsewhere, failure_of
 from serve.vae_decoder import DecoderService

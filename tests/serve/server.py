@@ -13,7 +13,7 @@ import grpc
 
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
-from serve.gateway_service import set_status
+from serve.gateway.service import set_status
 from serve.status import GATEWAY_LOST
 from tests.serve.fakes import FakeBackends, open_session
 

@@ -11,11 +11,11 @@ import pytest
 from ray.exceptions import RayActorError
 
 import serve.autoscaling as autoscaling
-from serve.admission import SETTLE_S, AdmissionBook
+from serve.admission.book import SETTLE_S, AdmissionBook
+from serve.admission.fleet import stop_order
 from serve.app import build
 from serve.autoscaling import GeneratorPolicy, wanted_replicas
 from serve.config import load_config
-from serve.fleet import stop_order
 from serve.messages import GeneratorDemand, Ticket
 
 NODE = {"a": "n", "b": "n", "c": "n", "d": "n"}

@@ -17,13 +17,13 @@ from causal_forcing.config import VaeConfig
 from causal_forcing.errors import DeviceFault, InvalidRequest, NonFiniteOutput
 from causal_forcing.geometry import Geometry
 from causal_forcing.vae import WanVae
-from serve import backends
-from serve.backends import _insist
+from serve.codecs.frames import Codec, FrameFormat
 from serve.config import ServiceConfig
 from serve.device import DEVICE_FAULTS, Warden
 from serve.engines import ModelStream, load_decoder, load_text
 from serve.errors import Unavailable
-from serve.frames import Codec, FrameFormat
+from serve.gateway import backends
+from serve.gateway.backends import _insist
 from serve.messages import Decoded, DecodeRequest, PackedEmbedding, PackedTensor, Process
 from serve.metrics import SILENT
 from serve.status import FailedElsewhere, Failure, failure_of

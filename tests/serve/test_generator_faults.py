@@ -15,8 +15,8 @@ import pytest
 
 from causal_forcing.config import SessionConfig
 from serve.config import ServiceConfig
+from serve.gateway.memory import SessionMemory
 from serve.generator import GeneratorService, Lease
-from serve.memory import SessionMemory
 from serve.messages import Credit, GeneratedChunk, LeaseEnded, LeaseStarted, Stop
 from serve.simulated import SimulatedGenerator, SimulatedSession
 from tests.serve.fakes import embedding, simulated, update

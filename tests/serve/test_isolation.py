@@ -6,9 +6,9 @@ import asyncio
 import zlib
 
 from protos.causal_forcing.v1 import video_pb2 as pb
-from serve.frames import Codec, decode_frame
-from serve.inputs import StreamInput
-from serve.session import LiveSession
+from serve.codecs.frames import Codec, decode_frame
+from serve.gateway.inputs import StreamInput
+from serve.gateway.session import LiveSession
 from serve.simulated import mark
 from tests.serve.fakes import Client, FakeBackends, play
 

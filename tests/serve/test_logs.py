@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from causal_forcing.errors import DeviceFault, InvalidRequest
-from serve.access_config import LogConfig
+from serve.access.config import LogConfig
+from serve.codecs.frames import Codec, FrameFormat
 from serve.device import Warden
-from serve.frames import Codec, FrameFormat
 from serve.generator import GeneratorService
 from serve.logs import LOGGER, FieldsFilter, bind, set_up
 from serve.messages import DecodeRequest, Encoded, EncodeImage, PackedEmbedding, Process

@@ -13,10 +13,10 @@ import pytest
 from causal_forcing.errors import InvalidRequest
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import TracingConfig, load_config
-from serve.inputs import StreamInput
+from serve.gateway.inputs import StreamInput
+from serve.gateway.session import LiveSession
+from serve.gateway.session_meter import SessionMeter
 from serve.messages import Decoded
-from serve.session import LiveSession
-from serve.session_meter import SessionMeter
 from serve.tracing import UNTRACED, Tracing
 from tests.serve.collector import Collector, collecting
 from tests.serve.fakes import Client, FakeBackends, chunk

@@ -17,9 +17,9 @@ from causal_forcing.config import VaeConfig
 from causal_forcing.geometry import Geometry
 from causal_forcing.media import from_frames, to_frames
 from causal_forcing.vae import WanVae
+from serve.codecs.frames import Codec, FrameFormat, Pixels, decode_frame
 from serve.device import Warden
 from serve.engines import ModelStream
-from serve.frames import Codec, FrameFormat, Pixels, decode_frame
 from serve.messages import Decoded, DecodeRequest, EncodeImage, PackedTensor
 from serve.metrics import MemorySink, Recorder
 from serve.vae_decoder import IDLE_S, DecoderCache, DecoderService

@@ -25,8 +25,8 @@ from serve.client import (
 )
 from serve.errors import Unavailable
 from tests.serve.fakes import FakeBackends, simulated
+from tests.serve.gateway.test_service import auth, keyed, running
 from tests.serve.server import serving, serving_in_background
-from tests.serve.test_gateway_service import auth, keyed, running
 
 __all__ = ["keyed"]
 

@@ -34,8 +34,8 @@ from serve.client import (
 )
 from serve.client.events import prompt_to_proto
 from serve.errors import Unavailable
-from serve.gateway_service import set_status
-from serve.requests import parse_prompt
+from serve.gateway.requests import parse_prompt
+from serve.gateway.service import set_status
 from serve.simulated import mark
 from serve.status import Failure
 from tests.serve.fakes import FakeBackends, simulated

@@ -20,11 +20,11 @@ from ray.exceptions import RayActorError
 
 from causal_forcing.prompts import PromptUpdate
 from causal_forcing.weights.memory import RESERVE_BYTES
-from serve.admission_actor import NAMESPACE
+from serve.admission.actor import NAMESPACE
 from serve.app import APP_NAME, admission_name
 from serve.client import AsyncVideoClient, AsyncVideoSession, Event, Frame, StreamOptions, VideoServiceError
+from serve.codecs.frames import Pixels
 from serve.config import ServiceConfig, load_config
-from serve.frames import Pixels
 from serve.local import free_port, local_service
 
 SIZE = 32

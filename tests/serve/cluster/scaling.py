@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.api import _run
 
-from serve.admission_actor import NAMESPACE
+from serve.admission.actor import NAMESPACE
 from serve.app import APP_NAME, admission_name, build
 from serve.client import AsyncVideoClient, AsyncVideoSession, Ended, Frame, Queued, StreamOptions, VideoServiceError
 from serve.config import ServiceConfig, load_config

@@ -19,7 +19,7 @@ from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
 from protos.causal_forcing.v1 import video_pb2_grpc
 from serve.client import Ended, Event, Frame, Moved, PromptApplied, Queued, Started, VideoServiceError
-from serve.frames import Pixels
+from serve.codecs.frames import Pixels
 from tests.serve.cluster.conftest import PATIENCE_S, SIZE, Cluster, collect
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.asyncio]

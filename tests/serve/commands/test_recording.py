@@ -8,11 +8,11 @@ import av
 import pytest
 
 from causal_forcing.errors import InvalidRequest
-from serve import fmp4
 from serve.client import Frame
+from serve.codecs import fmp4
+from serve.codecs.frames import Codec, FrameFormat, new_encoder
 from serve.commands.recording import open_recorder
-from serve.frames import Codec, FrameFormat, new_encoder
-from tests.serve.test_h264 import HEIGHT, WIDTH, check_pictures, picture
+from tests.serve.codecs.test_h264 import HEIGHT, WIDTH, check_pictures, picture
 
 FPS = 24
 NUMBERS = [*range(6), *range(10, 16)]

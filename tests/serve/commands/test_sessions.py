@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 from causal_forcing.cli import main
 from causal_forcing.version import __version__
 from serve.commands.connecting import API_KEY_VARIABLE
-from serve.http import HttpEndpoints
+from serve.gateway.http import HttpEndpoints
 from tests.serve.fakes import simulated
-from tests.serve.test_gateway_service import Running, keyed, last, running
+from tests.serve.gateway.test_service import Running, keyed, last, running
 
 __all__ = ["keyed"]
 

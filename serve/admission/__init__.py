@@ -1,0 +1,1 @@
+"""Who gets the next generator: one queue, one directory of sessions, and the ends of it in gateways and generators."""

@@ -1,0 +1,1 @@
+"""Pixels to bytes and back: pictures, H.264, fragmented MP4."""

@@ -1,0 +1,1 @@
+"""The gateway: what speaks gRPC and HTTP, and the sessions it drives."""
