@@ -57,8 +57,9 @@ class AsyncVideoClient:
 
     @asynccontextmanager
     async def stream(self, options: StreamOptions) -> AsyncIterator[AsyncVideoSession]:
-        """Open a session; leaving the block ends it."""
+        """Open a session, which begins at once, read or not; leaving the block ends it."""
         session = self._session(options)
+        session.begin()
         try:
             yield session
         finally:

@@ -50,6 +50,7 @@ class AsyncVideoSession:
         self._has_heard: bool | None = None  # since the last ping; None until the service has said anything
         self._error: VideoServiceError | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._beginning: asyncio.Task[None] | None = None
         self._status_came = asyncio.Event()
         call.add_done_callback(lambda _: self._status_came.set())
 
@@ -57,7 +58,7 @@ class AsyncVideoSession:
         return self
 
     async def __anext__(self) -> Event:
-        await asyncio.shield(self._begin())  # grpc.aio ends a call whose write is cancelled
+        await asyncio.shield(self.begin())  # grpc.aio ends a call whose write is cancelled
         if self._to_ack is not None:
             chunk, self._to_ack = self._to_ack, None
             await asyncio.shield(self._write(pb.StreamVideoRequest(ack=pb.Ack(chunk_index=chunk))))
@@ -68,6 +69,12 @@ class AsyncVideoSession:
         if isinstance(event, Frame) and event.last_in_chunk:
             self._to_ack = event.chunk_index
         return event
+
+    def begin(self) -> asyncio.Task[None]:
+        """Send the configuration, which comes before everything else, and begin to listen; once."""
+        if self._beginning is None:
+            self._beginning = asyncio.create_task(self._send_config())
+        return self._beginning
 
     async def update_prompt(self, prompt: PromptUpdate | str) -> str:
         """Change the prompt; return the name that PromptApplied and frames will carry."""
@@ -100,19 +107,24 @@ class AsyncVideoSession:
         self._call.cancel()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _begin(self) -> None:
-        """Send the configuration, which comes before everything else, and begin to listen; once."""
-        if not self._tasks and self._is_open:
-            self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
-            await self._write(pb.StreamVideoRequest(config=self._options.to_proto()))
+        beginning = [self._beginning] if self._beginning is not None else []
+        await asyncio.gather(*self._tasks, *beginning, return_exceptions=True)
 
     async def _write(self, message: pb.StreamVideoRequest) -> None:
+        """Send a message after the configuration."""
+        await asyncio.shield(self.begin())
+        await self._send(message)
+
+    async def _send_config(self) -> None:
+        config = self._options.to_proto()
+        if self._is_open:
+            self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._ping())]
+            await self._send(pb.StreamVideoRequest(config=config))
+
+    async def _send(self, message: pb.StreamVideoRequest) -> None:
         """Send a message; a call that has ended says so when it is read."""
         if not self._is_open:
             return
-        await self._begin()
         async with self._write_lock:
             try:
                 await self._call.write(message)

@@ -171,6 +171,18 @@ async def test_a_prompt_before_the_first_event_comes_after_the_configuration() -
                 break
 
 
+async def test_a_session_begins_before_anybody_reads_it() -> None:
+    backends = FakeBackends()
+    async with (
+        asyncio.timeout(30),
+        serving(backends) as address,
+        AsyncVideoClient(address) as client,
+        client.stream(StreamOptions("a fox")),
+    ):
+        while not backends.running:  # noqa: ASYNC110  (the generator's lease has no event for us)
+            await asyncio.sleep(0.01)
+
+
 async def test_waiting_for_an_event_may_be_given_up() -> None:
     frames, given_up = list[int](), 0
     async with (
