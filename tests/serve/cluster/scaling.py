@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import ray
@@ -102,8 +102,10 @@ async def scale(address: str, watch: Watch, redeploy: Callable[..., ServiceConfi
     """Go from no generator to two and back, then replace one under a session, and last the model."""
     seen: dict[str, Any] = {}
     await watch.until("no generator without sessions", lambda states, _: not states)
-    async with session(address) as older, session(address) as newer:
+    async with AsyncExitStack() as stack:
+        older = await stack.enter_async_context(session(address))
         seen["from_zero"] = await read(older, 2)
+        newer = await stack.enter_async_context(session(address))
         seen["second"] = await read(newer, 2)
         seen["generators_for_two"] = watch.generators()
         await older.end()
@@ -117,9 +119,12 @@ async def scale(address: str, watch: Watch, redeploy: Callable[..., ServiceConfi
     async with asyncio.timeout(PATIENCE_S):
         seen["crowd"] = await visit_at_once(address, CROWD)
     await watch.until("no generator is left", lambda states, counts: not states and counts["generators"] == 0)
-    async with session(address) as running, session(address) as other, session(address) as waiting:
+    async with AsyncExitStack() as stack:
+        running = await stack.enter_async_context(session(address))
         await read(running, 2)
+        other = await stack.enter_async_context(session(address))
         await read(other, 2)
+        waiting = await stack.enter_async_context(session(address))  # both generators are taken
         seen["waiting"] = type(await anext(waiting)).__name__
         after = Watch(redeploy(limits={"max_queued_sessions": 7}))
         sent_away = asyncio.create_task(how_it_ends(waiting))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import av
@@ -146,24 +147,22 @@ async def test_a_client_that_leaves_frees_the_generator(cluster: Cluster, how: s
 
 
 async def test_a_second_session_waits_and_then_runs_and_a_full_queue_refuses(cluster: Cluster) -> None:
-    async with cluster.session() as first:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(cluster.session())
         await first_frame(first.__anext__)
-        async with cluster.session() as second, cluster.session() as third, cluster.session() as fourth:
-            told = await anext(second)
+        waiting = []
+        for ahead in (0, 1):
+            waiting.append(await stack.enter_async_context(cluster.session()))
+            told = await anext(waiting[-1])
             assert isinstance(told, Queued)
-            assert told.sessions_ahead == 0
-            told = await anext(third)
-            assert isinstance(told, Queued)
-            assert told.sessions_ahead == 1
-            with pytest.raises(VideoServiceError) as caught:
-                await anext(fourth)
-            assert (caught.value.code, caught.value.reason) == (
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "NO_SESSION_SLOT",
-            )
-            assert caught.value.retry_after_s is not None
-            await first.end()
-            await first_frame(second.__anext__)
+            assert told.sessions_ahead == ahead
+        refused = await stack.enter_async_context(cluster.session())
+        with pytest.raises(VideoServiceError) as caught:
+            await anext(refused)
+        assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_SESSION_SLOT")
+        assert caught.value.retry_after_s is not None
+        await first.end()
+        await first_frame(waiting[0].__anext__)
     await cluster.until_free()
 
 
