@@ -7,11 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -32,6 +33,9 @@ from causal_forcing.startup import PROGRAM_STARTED_S, StartUp
 from causal_forcing.weights import LoraFile
 from causal_forcing.weights.quantise import QUANTISATIONS
 
+if TYPE_CHECKING:
+    from serve.metrics.engine import EngineMeter
+
 UNTRAINED = "preset {} has random weights: it has not been trained, and the video shows noise, not the prompt"
 
 
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the generator first (minutes); pays off in long videos"
     )
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve metrics for Prometheus meanwhile")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -58,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
     request = read_request(args)
     device = choose_device(args.device)
     loras = [_parse_lora(text) for text in args.lora or ()]
-    with open_writer(request.output, metadata=request.notes()) as writer, _interrupts() as stop:
+    with ExitStack() as stack:
+        meter = _meter(args.metrics_port, stack)
+        writer = stack.enter_context(open_writer(request.output, metadata=request.notes()))
+        stop = stack.enter_context(_interrupts())
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
         startup = _start_up(quiet=args.quiet)
@@ -75,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
             startup=startup,
         )
         with _progress_bar(request, quiet=args.quiet) as bar:
-            run = Run(request, engine, writer, bar, stop)
+            meter.ready(startup.phases)
+            run = Run(request, engine, writer, bar, stop, meter=meter)
             run.generate()
         if not writer.frame_count:
             raise KeyboardInterrupt
@@ -136,7 +145,14 @@ class Run:
     """
 
     def __init__(
-        self, request: GenerateRequest, engine: Engine, writer: FrameWriter, bar: tqdm[None], stop: Event
+        self,
+        request: GenerateRequest,
+        engine: Engine,
+        writer: FrameWriter,
+        bar: tqdm[None],
+        stop: Event,
+        *,
+        meter: EngineMeter,
     ) -> None:
         self.speed = Speed()
         self.record: SessionRecord | None = None
@@ -145,6 +161,7 @@ class Run:
         self._writer = writer
         self._bar = bar
         self._stop = stop
+        self._meter = meter
         self._update: PromptUpdate | None = None
 
     def generate(self) -> None:
@@ -155,11 +172,17 @@ class Run:
         while not self._stop.is_set() and not self._is_complete(index):
             if index in switches:
                 self._switch(session, switches[index])
+            started_s = time.perf_counter()
             try:
                 chunk = session.generate_chunk(should_stop=self._stop.is_set)
             except Stopped:
                 break
+            chunk.require_finite()
+            made_s = time.perf_counter()
             self._take(session, chunk)
+            denoise_s = made_s - started_s - chunk.context_s
+            self._meter.made(denoise_s, chunk.context_s, time.perf_counter() - made_s)
+            self._meter.holds(session.state.nbytes_by_part(), session.rebuilds)
             index += 1
 
     def _begin(self) -> tuple[Session, tuple[ScheduledPrompt, ...]]:
@@ -233,6 +256,13 @@ def _given_pixels(
         latents = max(1, min(cache_frames, request.preset.window_frames) - chunk_frames)
         return read_video(request.video, geometry, max_frames=pixel_frames(latents, first=True))
     return None
+
+
+def _meter(port: int | None, stack: ExitStack) -> EngineMeter:
+    """Return what records this process's metrics, and serve them until the stack is left if a port was given."""
+    from serve.metrics.engine import EngineMeter, engine_metrics
+
+    return EngineMeter() if port is None else stack.enter_context(engine_metrics(port))
 
 
 def _parse_lora(text: str) -> LoraFile:

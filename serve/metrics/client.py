@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from causal_forcing.errors import InvalidRequest
 from serve.client import Ended, Event, Frame
 
 from .definitions import Place
 from .recorder import SILENT, Recorder
-from .sinks import PrometheusSink
+from .served import served_metrics
 
 
 class ClientMeter:
@@ -61,18 +60,5 @@ def client_metrics(port: int) -> Iterator[Recorder]:
     Raises:
         InvalidRequest: If the port cannot be had (field ``metrics_port``).
     """
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    registry = CollectorRegistry()
-    try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
-    except (OSError, OverflowError):
-        raise InvalidRequest("metrics_port", port, "must be a free port, 1 to 65535") from None
-    recorder = Recorder(PrometheusSink(registry))
-    recorder.begin(Place.CLIENT)
-    try:
+    with served_metrics(port, Place.CLIENT) as recorder:
         yield recorder
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -10,8 +10,8 @@ _HEAD = """# Metrics
 
 Every metric of the project, from the table in `serve/metrics/definitions.py`. In the service they are recorded through
 Ray, so one scrape of a node's metrics port gets those of all its processes, with the prefix `ray_` and the labels
-`application`, `deployment` and `replica`. Outside of Ray (`causal-forcing stream --metrics-port`, the viewers
-of `make observe`) the same definitions go through prometheus-client, without that prefix.
+`application`, `deployment` and `replica`. Outside of Ray (`causal-forcing stream` and `generate` with
+`--metrics-port`, the viewers of `make observe`) the same definitions go through prometheus-client, without that prefix.
 
 - No label takes a value that a user chooses: no session ids, no prompts.
 - Ray keeps only the counts of a histogram's buckets; its `_sum` is made of the buckets' middles, so an average over it

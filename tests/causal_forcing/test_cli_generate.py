@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +29,8 @@ from causal_forcing.session import Session
 from causal_forcing.startup import StartUp
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.vae import WanVae
+from serve.local import free_port
+from serve.metrics.engine import EngineMeter
 
 LOAD = Engine.load
 """What the fixture below replaces."""
@@ -233,3 +238,39 @@ def test_an_image_that_is_not_one_leaves_no_file(command, tmp_path: Path, capsys
     assert command("--prompt", "a fox", "--image", "start.png") == 2
     assert "image: got" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["start.png"]
+
+
+def test_metrics_are_served_while_the_video_is_made(tmp_path, capsys, monkeypatch):
+    port, seen = free_port(), []
+    holds = EngineMeter.holds
+
+    def look(self, *given):
+        holds(self, *given)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            seen.append(answer.read().decode())
+
+    monkeypatch.setattr(EngineMeter, "holds", look)
+    words = ["generate", "--quiet", "--prompt", "a fox", "--chunks", "2", "--metrics-port", str(port)]
+    assert cli.main([*words, "-o", str(tmp_path / "f.mp4")]) == 0
+    for stage in ("denoise", "context", "decode"):
+        assert f'causal_forcing_chunk_stage_seconds_count{{stage="{stage}"}} 2.0' in seen[-1]
+    assert 'causal_forcing_model_load_seconds{phase="load"}' in seen[0]
+    for cache in ("kv", "decoder"):
+        line = next(
+            line for line in seen[-1].splitlines() if line.startswith(f'causal_forcing_cache_bytes{{cache="{cache}"}}')
+        )
+        assert float(line.split()[1]) > 0
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_a_port_that_is_taken_is_an_error_that_names_the_option(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert (
+            cli.main(["generate", "--prompt", "a fox", "--metrics-port", str(port), "-o", str(tmp_path / "f.mp4")]) == 2
+        )
+    assert "metrics_port" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
