@@ -19,7 +19,7 @@ TRAIN_STEPS = 1000
 """Rows of the table of noise levels the model was trained on."""
 
 SHIFT = 5.0
-"""Timestep shift of every checkpoint in this family."""
+"""Timestep shift of every checkpoint of Wan2.1's sizes."""
 
 CONTEXT_TIMESTEP = 0.0
 """Timestep of the pass that writes clean keys and values."""
@@ -38,10 +38,14 @@ class NoiseLevel:
     timestep: float
 
 
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Return the noise levels of unshifted ones, each in 0 to 1; a shift above 1 moves them up."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def sigma_table(shift: float = SHIFT) -> Tensor:
     """Return the 1000 training noise levels, descending from 1, float32."""
-    u = torch.linspace(1.0, 0.0, TRAIN_STEPS + 1)[:-1]
-    return shift * u / (1 + (shift - 1) * u)
+    return shifted(torch.linspace(1.0, 0.0, TRAIN_STEPS + 1)[:-1], shift)
 
 
 def timestep_table(shift: float = SHIFT) -> Tensor:

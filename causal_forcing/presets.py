@@ -23,6 +23,7 @@ from causal_forcing.config import (
     VaeConfig,
 )
 from causal_forcing.errors import InvalidRequest
+from causal_forcing.flow import SHIFT
 
 UNKNOWN_LICENCE = "not stated here: see the repository's model card"
 """Written where no licence could be checked."""
@@ -107,6 +108,8 @@ class Preset:
         chunk_frames: Latent frames generated at a time.
         denoising_steps: Default steps before warping.
         first_chunk_steps: Steps of the first chunk of a scene, or None for the same.
+        shift: Timestep shift by which steps are warped. Small pictures want a small one (Esser et al. 2024, section
+            5.3.2: it grows with the square root of the number of tokens).
         window_frames: Default attention window in latent frames.
         sink_frames: Default number of latent frames that are never evicted.
         sink_rope: Default place of the sink's keys.
@@ -128,6 +131,7 @@ class Preset:
     chunk_frames: int
     denoising_steps: tuple[int, ...] = DEFAULT_STEPS
     first_chunk_steps: tuple[int, ...] | None = None
+    shift: float = SHIFT
     window_frames: int = 21
     sink_frames: int = 0
     sink_rope: SinkRope = SinkRope.RELATIVE
@@ -224,14 +228,14 @@ def _files(transformer: CheckpointFile, lora: CheckpointFile | None = None) -> P
 
 
 EMBEDDED_LATENT_MEAN = (
-    -0.192442, -0.124751, -0.002029, 0.009614, -0.137071, -0.028546, 0.073432, 0.121813,
-    0.059626, 0.078834, 0.024373, 0.010897, -0.094318, -0.069544, -0.041213, -0.047329,
+    -0.173066, -0.137662, 0.018845, 0.035758, -0.130378, -0.041809, 0.073929, 0.119223,
+    0.038988, 0.049853, 0.024898, 0.003702, -0.131944, -0.054436, -0.052841, -0.044177,
 )  # fmt: skip
 """Per-channel mean of the embedded model's latents; measured by its training (docs/embedded-model.md)."""
 
 EMBEDDED_LATENT_STD = (
-    0.829892, 1.029018, 0.840981, 1.217182, 0.684748, 0.769141, 0.603589, 0.718393,
-    0.777539, 0.879612, 0.313750, 0.694520, 1.020808, 0.822781, 0.764639, 0.613532,
+    0.841603, 1.027011, 0.823894, 1.211976, 0.690466, 0.773597, 0.598331, 0.718134,
+    0.778082, 0.864653, 0.317390, 0.679944, 1.029838, 0.818048, 0.762684, 0.611814,
 )  # fmt: skip
 """Per-channel standard deviation of the embedded model's latents."""
 
@@ -372,6 +376,8 @@ _TABLE = (
             "lightvae": _embedded_vae(4),
         },
         chunk_frames=1,
+        first_chunk_steps=(1000, 917, 833, 750, 667, 583, 500, 417, 333, 250, 167, 83),
+        shift=1.0,
         window_frames=8,
         height=64,
         width=64,

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from causal_forcing.flow import CONTEXT_TIMESTEP, NoiseLevel, renoise, to_x0, warp_steps
+from causal_forcing.flow import CONTEXT_TIMESTEP, SHIFT, NoiseLevel, renoise, to_x0, warp_steps
 from causal_forcing.transformer import CausalTransformer, TimestepModulation
 
 
@@ -47,19 +47,27 @@ class Schedule:
     context: TimestepModulation
 
     @classmethod
-    def of(cls, transformer: CausalTransformer, steps: Sequence[int], first_steps: Sequence[int] | None) -> Schedule:
+    def of(
+        cls,
+        transformer: CausalTransformer,
+        steps: Sequence[int],
+        first_steps: Sequence[int] | None,
+        *,
+        shift: float = SHIFT,
+    ) -> Schedule:
         """Return the schedule of unwarped denoising steps.
 
         Args:
             transformer: Whose time projections to take.
             steps: E.g. (1000, 750, 500, 250).
             first_steps: Of the first chunk of a scene; None for the same.
+            shift: Timestep shift that the model was trained with.
         """
-        levels = {level.timestep: level for level in warp_steps((*steps, *(first_steps or ())))}
+        levels = {level.timestep: level for level in warp_steps((*steps, *(first_steps or ())), shift)}
         made = {t: DenoisingStep(level, transformer.modulate(t)) for t, level in levels.items()}
 
         def build(numbers: Sequence[int]) -> tuple[DenoisingStep, ...]:
-            return tuple(made[level.timestep] for level in warp_steps(numbers))
+            return tuple(made[level.timestep] for level in warp_steps(numbers, shift))
 
         return cls(build(steps), build(first_steps or steps), transformer.modulate(CONTEXT_TIMESTEP))
 

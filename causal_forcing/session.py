@@ -90,7 +90,9 @@ class Session:
         self._noise = noise or SeededNoise(config.seed)
         transformer, device = engine.transformer, engine.device
         with torch.inference_mode():
-            self._schedule = Schedule.of(transformer, config.denoising_steps, config.first_chunk_steps)
+            self._schedule = Schedule.of(
+                transformer, config.denoising_steps, config.first_chunk_steps, shift=engine.preset.shift
+            )
             self._rotary = RotaryEmbedding(transformer.config, config.geometry, device)
             cache = KeyValueCache(transformer.config, cache_layout(config), device=device, dtype=engine.dtype)
             decoder = engine.vae.new_decoder_state(config.geometry) if engine.vae else None

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", help="model of this world (default: %(default)s)")
     parser.add_argument("--weights-dir", type=Path, help="folder of weights (default: the embedded ones)")
     parser.add_argument("--training", type=Path, metavar="DIR", help="evaluate the checkpoints of a training folder")
-    parser.add_argument("--stage", choices=("cd", "ar", "cd-bidirectional"), help="which generator of --training")
+    parser.add_argument(
+        "--stage", choices=("cd", "ar", "guided", "cd-bidirectional"), help="which generator of --training"
+    )
     parser.add_argument("--vae", default="wan", help="decoder (default: %(default)s)")
     parser.add_argument("--steps", help="denoising steps, e.g. 1000,500 (default: the preset's)")
     parser.add_argument(

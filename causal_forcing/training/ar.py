@@ -3,8 +3,9 @@
     python -m causal_forcing.training.ar
 
 Every frame is denoised from the clean frames before it (Causal Forcing's first stage), with several noise draws per
-clean clip. What an object looks like is decided in a clip's first frame alone, which is one frame in sixteen, so a
-batch of first frames by themselves is added to every step. The text encoder is trained along.
+clean clip. What an object looks like is decided in a clip's first frame alone, so a batch of first frames by themselves
+is added to every step; some of them without a caption, which the distillation's guidance needs. The text encoder is
+trained along.
 With ``--bidirectional`` the same budget trains a teacher whose frames
 see each other both ways, for the comparison with Self-Forcing's initialisation. Writes ``<root>/ar`` (or
 ``<root>/bidirectional``).
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from causal_forcing.presets import Preset
+from causal_forcing.tokenizer import END_ID, PAD_ID
 from causal_forcing.training import latents
 from causal_forcing.training.loop import (
     CPU,
@@ -46,13 +48,15 @@ SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, warmup=50, decay_from=0.6, e
 GPU_SCHEDULE = Schedule(
     steps=20_000, learning_rate=2e-3, warmup=100, decay_from=0.5, save_every=2000, ema=0.998, budget_s=110
 )
-CLIPS, GPU_CLIPS = 4, 48
+CLIPS, GPU_CLIPS = 3, 48
 WORDINGS, GPU_WORDINGS = 4, 8
 """Captions of each scene."""
 DRAWS = 3
-BEGINNINGS, GPU_BEGINNINGS = 16, 384
+BEGINNINGS, GPU_BEGINNINGS = 32, 384
 """First frames of a step, beside its clips; each is drawn :data:`BEGINNING_DRAWS` times."""
 BEGINNING_DRAWS = 4
+UNPROMPTED = 0.15
+"""Share of first frames whose caption is taken away."""
 COMPILE_LIMIT_S = 60
 """Longest wait for the compiler."""
 RECACHED = 0.25
@@ -86,6 +90,35 @@ class Batch:
         embeds = generator.embed(self.ids)
         return Prompts(embeds.view(len(self.clean), -1, *embeds.shape[1:]), self.of_frame, self.of_clean)
 
+    def velocity(
+        self, generator: Generator, context: Tensor, noisy: Tensor, sigmas: Tensor, prompts: Prompts
+    ) -> Tensor:
+        """Return the velocity of noisy frames ``[B, 16, draws * F, h, w]`` at their levels ``[B, draws * F]``.
+
+        Args:
+            generator: What predicts it.
+            context: ``[B, 16, F, h, w]``: the clean frames, as they are read.
+            noisy: Draw by draw.
+            sigmas: Of each noisy frame.
+            prompts: Of each clip.
+        """
+        return predict(
+            generator.transformer,
+            context,
+            noisy,
+            1000 * sigmas,
+            prompts,
+            layout=self.layout,
+            rotary=generator.rotary,
+            block_pass=self.block_pass,
+        )
+
+    def unprompted(self, which: Tensor | None = None) -> Batch:
+        """Return the same frames with empty captions: all of them, or those that a mask ``[B * P]`` names."""
+        empty = torch.full_like(self.ids, PAD_ID)
+        empty[:, 0] = END_ID
+        return replace(self, ids=empty if which is None else torch.where(which[:, None], empty, self.ids))
+
 
 @dataclass(frozen=True)
 class Data:
@@ -94,6 +127,8 @@ class Data:
     Attributes:
         values: ``[N, 16, F, h, w]`` normalised latents.
         wordings: Captions of each clip.
+        first_values: ``[M, 16, 1, h, w]`` normalised latents of first frames by themselves.
+        first_wordings: Their captions.
         clips: Clips of a step.
         beginnings: First frames of a step.
         device: What computes.
@@ -102,6 +137,8 @@ class Data:
 
     values: Tensor
     wordings: latents.Wordings
+    first_values: Tensor
+    first_wordings: latents.Wordings
     clips: int
     beginnings: int
     device: Device = CPU
@@ -117,11 +154,11 @@ class Data:
         return Batch(self.values[chosen], ids, of_frame, of_clean, layout, self.block_pass)
 
     def first_frames(self, random: StepRandom) -> Batch:
-        """Return random clips' first frames with their caption."""
-        drawn = torch.from_numpy(random.numpy.integers(len(self.values), size=self.beginnings))
-        chosen = drawn.to(self.values.device)
-        ids, of_frame = self.wordings.choose(chosen, 1, random.numpy)
-        return Batch(self.values[chosen, :, :1], ids[::2], of_frame, of_frame, Layout(1, BEGINNING_DRAWS))
+        """Return random first frames with their captions."""
+        drawn = torch.from_numpy(random.numpy.integers(len(self.first_values), size=self.beginnings))
+        chosen = drawn.to(self.first_values.device)
+        ids, of_frame = self.first_wordings.choose(chosen, 1, random.numpy)
+        return Batch(self.first_values[chosen], ids[::2], of_frame, of_frame, Layout(1, BEGINNING_DRAWS))
 
     def layout(self, draws: int, *, bidirectional: bool = False) -> Layout:
         """Return the layout of a pass over a batch."""
@@ -145,23 +182,31 @@ def load_data(
         wait: Word the captions as soon as the clips are known, then wait for the latents.
         warm_up: Returns a step's loss and computes its gradients; called while waiting, with data of noise.
     """
-    folder, cpu = root / "latents", device.kind == "cpu"
-    clips = latents.published(folder) if wait else list(latents.load(folder).clips)
-    wordings = latents.word(
-        clips,
-        generator.tokenizer,
-        generator.preset.text_encoder.text_len,
-        wordings=WORDINGS if cpu else GPU_WORDINGS,
-        device=device.torch,
+    whole, first = root / "latents", root / "beginnings"
+    cpu, text_len = device.kind == "cpu", generator.preset.text_encoder.text_len
+
+    def word(folder: Path, wordings: int) -> latents.Wordings:
+        clips = latents.published(folder) if wait else latents.load(folder).clips
+        return latents.word(clips, generator.tokenizer, text_len, wordings=wordings, device=device.torch)
+
+    data = Data(
+        torch.empty(0),
+        word(whole, WORDINGS if cpu else GPU_WORDINGS),
+        torch.empty(0),
+        word(first, 1),
+        *((CLIPS, BEGINNINGS) if cpu else (GPU_CLIPS, GPU_BEGINNINGS)),
+        device,
+        None if cpu else compiled(),
     )
-    count, beginnings, block_pass = (CLIPS, BEGINNINGS, None) if cpu else (GPU_CLIPS, GPU_BEGINNINGS, compiled())
     if wait and warm_up is not None:
-        noise = torch.randn(len(clips), 16, latents.CLIP_FRAMES, 8, 8, device=device.torch)
-        block_pass = _working(Data(noise, wordings, count, beginnings, device, block_pass), warm_up)
-        del noise
+        noise = torch.randn(len(data.wordings.ids), 16, latents.CLIP_FRAMES, 8, 8, device=device.torch)
+        first_noise = torch.randn(len(data.first_wordings.ids), 16, 1, 8, 8, device=device.torch)
+        data = replace(data, block_pass=_working(replace(data, values=noise, first_values=first_noise), warm_up))
+        del noise, first_noise
     if wait:
-        wait_for(folder)
-    return Data(latents.load(folder, device.torch).values, wordings, count, beginnings, device, block_pass)
+        wait_for(whole)
+    clips = latents.load(whole, device.torch)
+    return replace(data, values=clips.values, first_values=latents.load(first, device.torch, like=clips).values)
 
 
 def _working(data: Data, loss: Callable[[Data], float]) -> BlockPass | None:
@@ -177,6 +222,25 @@ def _working(data: Data, loss: Callable[[Data], float]) -> BlockPass | None:
     return data.block_pass if abs(found - wanted) < 0.02 * wanted else None
 
 
+def rehearsal(
+    step_loss: Callable[[Data, StepRandom], dict[str, Tensor]],
+    parameters: Mapping[str, Tensor],
+    seed: int,
+    *,
+    value: str = "loss",
+) -> Callable[[Data], float]:
+    """Return what runs a step on some data, but for the update, and returns one of its values (for ``load_data``)."""
+
+    def run(data: Data) -> float:
+        values = step_loss(data, step_rng(seed, 0, data.device.torch))
+        values["loss"].backward()  # type: ignore[no-untyped-call]
+        for parameter in parameters.values():
+            parameter.grad = None
+        return values[value].item()
+
+    return run
+
+
 def blurred_context(clean: Tensor, random: StepRandom) -> Tensor:
     """Return the clean context with a little noise, its amount drawn per clip."""
     generator, device = random.torch, clean.device
@@ -189,29 +253,23 @@ def objective(generator: Generator, data: Data, layout: Layout, random: StepRand
     clips = velocity_error(generator, data.batch(layout, random), random, data.device)
     if layout.bidirectional or not data.beginnings:
         return {"loss": clips}
-    beginnings = velocity_error(generator, data.first_frames(random), random, data.device)
+    batch = data.first_frames(random)
+    unprompted = torch.from_numpy(random.numpy.random(len(batch.ids)) < UNPROMPTED).to(batch.ids.device)
+    beginnings = velocity_error(generator, batch.unprompted(unprompted), random, data.device)
     return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
 
 
 def velocity_error(generator: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
     """Return the mean squared error of the velocity, 0-dim."""
     clean, layout = batch.clean, batch.layout
-    levels = draw_levels((len(clean), layout.draws * layout.frames // layout.chunk), random.torch)
+    shape = (len(clean), layout.draws * layout.frames // layout.chunk)
+    levels = draw_levels(shape, random.torch, generator.preset.shift)
     if layout.bidirectional:
         levels = levels.view(len(clean), layout.draws, -1)[:, :, :1].expand(-1, -1, layout.frames).flatten(1)
     sigmas = levels.repeat_interleave(1 if layout.bidirectional else layout.chunk, 1)
     noisy, velocity = add_noise(clean.repeat(1, 1, layout.draws, 1, 1), sigmas, random.torch)
     with device.autocast():
-        guess = predict(
-            generator.transformer,
-            blurred_context(clean, random),
-            noisy,
-            1000 * sigmas,
-            batch.prompts(generator),
-            layout=layout,
-            rotary=generator.rotary,
-            block_pass=batch.block_pass,
-        )
+        guess = batch.velocity(generator, blurred_context(clean, random), noisy, sigmas, batch.prompts(generator))
     return (guess - velocity).square().mean()
 
 
@@ -248,13 +306,7 @@ def train(
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         return objective(generator, data, data.layout(DRAWS, bidirectional=bidirectional), random)
 
-    def warm_up(data: Data) -> float:
-        loss = step_loss(data, step_rng(seed, 0, device.torch))["loss"]
-        loss.backward()  # type: ignore[no-untyped-call]
-        for value in generator.parameters.values():
-            value.grad = None
-        return loss.item()
-
+    warm_up = rehearsal(step_loss, generator.parameters, seed)
     data = load_data(root, generator, device, wait=wait, warm_up=warm_up)
     run = Run(folder, generator.parameters, schedule, seed)
     run.train(lambda _step, random: step_loss(data, random), until=until)

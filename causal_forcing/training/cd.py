@@ -1,4 +1,4 @@
-"""Stage 4 of the embedded model: causal consistency distillation from the autoregressive teacher.
+"""Stage 5 of the embedded model: causal consistency distillation from the autoregressive teacher.
 
     python -m causal_forcing.training.cd
 
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from causal_forcing.flow import SHIFT
+from causal_forcing.flow import shifted
 from causal_forcing.presets import Preset
-from causal_forcing.training.ar import Batch, Data, blurred_context, load_data
+from causal_forcing.training.ar import Batch, Data, blurred_context, load_data, rehearsal
 from causal_forcing.training.loop import (
     CPU,
     Device,
@@ -31,25 +31,23 @@ from causal_forcing.training.loop import (
     add_arguments,
     chosen_schedule,
     start_process,
-    step_rng,
     wait_for,
 )
-from causal_forcing.training.model import Generator, add_noise, load_stage, new_generator
-from causal_forcing.training.teacher_forcing import Layout, predict
+from causal_forcing.training.model import Generator, add_noise, load_generator, new_generator
+from causal_forcing.training.teacher_forcing import Layout, Prompts
 
-SCHEDULE = Schedule(steps=1500, learning_rate=5e-4, warmup=30, decay_from=0.5, ema=0.99)
+SCHEDULE = Schedule(steps=1500, learning_rate=1e-4, warmup=30, decay_from=0.5, ema=0.99)
 GPU_SCHEDULE = Schedule(
     steps=10_000, learning_rate=5e-4, warmup=50, decay_from=0.5, save_every=2000, ema=0.995, budget_s=50
 )
-DRAWS = 2
+DRAWS = 1
 GRID = 16
 """Noise levels of the distillation grid."""
 
 
-def grid_levels(count: int = GRID) -> Tensor:
+def grid_levels(shift: float, count: int = GRID) -> Tensor:
     """Return ``count + 1`` shifted noise levels, descending from 1 to 0, float32."""
-    u = torch.linspace(1.0, 0.0, count + 1)
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
+    return shifted(torch.linspace(1.0, 0.0, count + 1), shift)
 
 
 def objective(
@@ -69,35 +67,32 @@ def inconsistency(
 ) -> tuple[Tensor, Tensor]:
     """Return the student's mean squared inconsistency, and its distance to the clean frames."""
     clean, layout = batch.clean, batch.layout
-    levels, generator = grid_levels().to(clean.device), random.torch
+    levels, generator = grid_levels(student.preset.shift).to(clean.device), random.torch
     shape = (len(clean), layout.draws * layout.frames)
     index = torch.randint(GRID, shape, generator=generator, device=clean.device)
     sigma, lower = levels[index], levels[index + 1]
     repeated = clean.repeat(1, 1, layout.draws, 1, 1)
     noisy, _ = add_noise(repeated, sigma, generator)
     context = blurred_context(clean, random)
-    with torch.no_grad(), device.autocast():
-        prompts = batch.prompts(student)
-    prompts = replace(prompts, embeds=prompts.embeds.float())
+    prompts = fixed_prompts(student, batch, device)
 
     def velocity(model: Generator, x: Tensor, at: Tensor) -> Tensor:
         with device.autocast():
-            return predict(
-                model.transformer,
-                context,
-                x,
-                1000 * at,
-                prompts,
-                layout=layout,
-                rotary=model.rotary,
-                block_pass=batch.block_pass,
-            )
+            return batch.velocity(model, context, x, at, prompts)
 
     with torch.no_grad():
         ahead = noisy + _spread(lower - sigma) * velocity(teacher, noisy, sigma)
         target = ahead - _spread(lower) * velocity(student, ahead, lower)
     guess = noisy - _spread(sigma) * velocity(student, noisy, sigma)
     return (guess - target).square().mean(), (guess.detach() - repeated).square().mean()
+
+
+@torch.no_grad()
+def fixed_prompts(generator: Generator, batch: Batch, device: Device) -> Prompts:
+    """Return the captions' embeddings in float32, without gradients."""
+    with device.autocast():
+        prompts = batch.prompts(generator)
+    return replace(prompts, embeds=prompts.embeds.float())
 
 
 def _spread(level: Tensor) -> Tensor:
@@ -111,13 +106,13 @@ def train(
     schedule: Schedule = SCHEDULE,
     seed: int = 5,
     until: int | None = None,
-    teacher_stage: str = "ar",
+    teacher_stage: str = "guided",
     device: Device = CPU,
     wait: bool = False,
 ) -> Run:
     """Distil (or go on distilling) into ``root/cd`` (or ``root/cd-bidirectional``) and return the run.
 
-    The text encoder stays the teacher's; its parameters are part of the result all the same.
+    The text encoder stays the teacher's.
     """
     teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
     for generator in (teacher, student):
@@ -127,19 +122,13 @@ def train(
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         return objective(teacher, student, data, data.layout(DRAWS), random)
 
-    def warm_up(data: Data) -> float:
-        values = step_loss(data, step_rng(seed, 0, device.torch))
-        values["loss"].backward()  # type: ignore[no-untyped-call]
-        for value in moving.values():
-            value.grad = None
-        return values["to_clean"].item()
-
+    warm_up = rehearsal(step_loss, moving, seed, value="to_clean")
     data = load_data(root, student, device, wait=wait, warm_up=warm_up)
     if wait:
         wait_for(root / teacher_stage)
     for generator in (teacher, student):
-        generator.load(load_stage(root, teacher_stage))
-    run = Run(root / ("cd" if teacher_stage == "ar" else f"cd-{teacher_stage}"), moving, schedule, seed)
+        generator.load(load_generator(root, teacher_stage))
+    run = Run(root / ("cd" if teacher_stage == "guided" else f"cd-{teacher_stage}"), moving, schedule, seed)
     run.train(lambda _step, random: step_loss(data, random), until=until)
     return run
 
@@ -148,7 +137,9 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--teacher", choices=("ar", "bidirectional"), default="ar", help="which teacher to distil")
+    parser.add_argument(
+        "--teacher", choices=("guided", "ar", "bidirectional"), default="guided", help="which teacher to distil"
+    )
     arguments = parser.parse_args()
     device = start_process(arguments)
     run = train(

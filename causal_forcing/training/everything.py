@@ -24,13 +24,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     "latents": ("latents",),
     "lightvae": ("lightvae",),
     "ar": ("ar",),
+    "guided": ("guided",),
     "cd": ("cd",),
     "bidirectional": ("ar", "--bidirectional"),
     "cd-bidirectional": ("cd", "--teacher", "bidirectional"),
 }
 """Module and options of each stage, in an order in which they can run."""
 
-DEFAULT_STAGES = "text,vae,latents,lightvae,ar,cd"
+DEFAULT_STAGES = "text,vae,latents,lightvae,ar,guided,cd"
 POLL_S = 0.5
 
 

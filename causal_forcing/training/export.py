@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from causal_forcing.training.loop import DEFAULT_ROOT, read_metadata
-from causal_forcing.training.model import load_stage
+from causal_forcing.training.model import load_generator, load_stage
 
 LIMIT_BYTES = 30 * 2**20
 """Most bytes of weights that the package ships."""
@@ -29,13 +29,13 @@ def export(root: Path, output: Path, *, stage: str = "cd") -> int:
     Args:
         root: Training folder.
         output: Created if missing; files in it are replaced.
-        stage: Which generator: ``cd`` (few steps) or ``ar`` (many).
+        stage: Which generator: ``cd`` (few steps), or ``ar`` or ``guided`` (many).
 
     Raises:
         ValueError: If they are larger than the package may ship.
     """
     output.mkdir(parents=True, exist_ok=True)
-    generator = load_stage(root, "ar") | load_stage(root, stage)
+    generator = load_generator(root, stage)
     parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "text_encoder": {}}
     for name, value in generator.items():
         part, _, key = name.partition(".")
@@ -50,7 +50,9 @@ def export(root: Path, output: Path, *, stage: str = "cd") -> int:
         save_file(tensors, output / f"{part}.safetensors")
     shutil.copyfile(root / "text" / "tokenizer.json", output / "tokenizer.json")
     summary = json.loads((root / "latents" / "index.json").read_text())
-    present = [name for name in ("vae", "lightvae", "ar", stage) if (root / name / "ema.safetensors").exists()]
+    present = [
+        name for name in ("vae", "lightvae", "ar", "guided", stage) if (root / name / "ema.safetensors").exists()
+    ]
     summary["steps"] = {name: int(read_metadata(root / name / "ema.safetensors")["step"]) for name in present}
     (output / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     return total
@@ -61,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write, e.g. causal_forcing/assets/tiny")
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    parser.add_argument("--stage", choices=("cd", "ar", "cd-bidirectional"), default="cd", help="which generator")
+    parser.add_argument(
+        "--stage", choices=("cd", "ar", "guided", "cd-bidirectional"), default="cd", help="which generator"
+    )
     arguments = parser.parse_args()
     size = export(arguments.root, arguments.output, stage=arguments.stage)
     print(f"wrote {size / 2**20:.1f} MiB of weights to {arguments.output}")

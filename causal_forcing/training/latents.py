@@ -3,8 +3,9 @@
     python -m causal_forcing.training.latents
 
 Renders clips, some of which change midway, encodes them with the trained VAE and writes shards of latents and scenes to
-``<root>/latents``. Finished shards are kept, so an interrupted run goes on. ``index.json`` has the latents' mean and
-standard deviation per channel (they become the VAE's) and a hash of the clips.
+``<root>/latents``, and many more first frames by themselves to ``<root>/beginnings``. Finished shards are kept, so an
+interrupted run goes on. ``index.json`` has the latents' mean and standard deviation per channel (they become the VAE's)
+and a hash of the clips.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,14 @@ CLIP_FRAMES = 16
 CLIPS, GPU_CLIPS = 2048, 12288
 """Clips altogether."""
 
-SHARD_CLIPS = 64
-ENCODE_CLIPS, GPU_ENCODE_CLIPS = 4, 16
-"""Clips that the VAE encodes together."""
+BEGINNINGS, GPU_BEGINNINGS = 24_576, 98_304
+"""First frames by themselves. What an object looks like is learnt from them."""
+
+SHARD_FRAMES = 1024
+"""Latent frames of a shard."""
+
+ENCODE_FRAMES, GPU_ENCODE_FRAMES = 64, 256
+"""Latent frames that the VAE encodes together."""
 
 SWITCH_SHARE = 0.35
 """Share of clips whose caption changes midway."""
@@ -89,7 +96,7 @@ def draw_clip(rng: np.random.Generator, *, two_objects: float, frames: int) -> t
     scene = world.draw_scene(rng, two_objects=two_objects)
     pixel_frames = 4 * frames - 3
     segments = world.draw_clip(rng, scene, pixel_frames)
-    if rng.random() >= SWITCH_SHARE:
+    if frames == 1 or rng.random() >= SWITCH_SHARE:
         return Clip((scene,), frames), segments
     switch = int(rng.integers(2, frames - 1))
     at = 4 * switch - 3
@@ -106,10 +113,10 @@ class Shard:
     pictures: drawing.Pictures
 
     @classmethod
-    def of(cls, seed: int, index: int, *, two_objects: float) -> Shard:
-        """Return the shard of a number."""
+    def of(cls, seed: int, index: int, *, frames: int, two_objects: float) -> Shard:
+        """Return the shard of a number, of clips of so many latent frames."""
         rng = step_rng(seed, index).numpy
-        made = [draw_clip(rng, two_objects=two_objects, frames=CLIP_FRAMES) for _ in range(SHARD_CLIPS)]
+        made = [draw_clip(rng, two_objects=two_objects, frames=frames) for _ in range(SHARD_FRAMES // frames)]
         return cls(tuple(clip for clip, _ in made), drawing.Pictures.of([segments for _, segments in made]))
 
     @property
@@ -126,8 +133,8 @@ def write_shard(
 ) -> None:
     """Draw, encode and write one shard: latents ``[N, 16, F, 8, 8]`` float32, scenes, and the clips' hash."""
     encoded = []
-    step = ENCODE_CLIPS if device.kind == "cpu" else GPU_ENCODE_CLIPS
     pixels = drawing.draw(shard.pictures, device.torch)
+    step = (ENCODE_FRAMES if device.kind == "cpu" else GPU_ENCODE_FRAMES) * len(pixels) // SHARD_FRAMES
     with torch.inference_mode(), device.autocast():
         for start in range(0, len(shard.clips), step):
             video = as_video(pixels[start : start + step])
@@ -157,8 +164,13 @@ class Latents:
     data_hash: str
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> Latents:
+def load(folder: Path, device: torch.device | str = "cpu", *, like: Latents | None = None) -> Latents:
     """Return all shards of a folder, the latents on a device.
+
+    Args:
+        folder: Of the shards.
+        device: Where to put the latents.
+        like: Whose mean and standard deviation to normalise by; None for their own.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -171,10 +183,12 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Latents:
     clips = tuple(clip for entry in metadata for clip in _clips(entry))
     digest = hashlib.sha256("".join(entry["digest"] for entry in metadata).encode())
     digest.update(captions.vocabulary_hash().encode())
-    mean, std = values.mean((0, 2, 3, 4)), values.std((0, 2, 3, 4))
-    shape = (1, -1, 1, 1, 1)
-    normalised = (values - mean.view(shape)) / std.view(shape)
-    return Latents(normalised, clips, tuple(mean.tolist()), tuple(std.tolist()), digest.hexdigest())
+    if like is None:
+        mean, std = tuple(values.mean((0, 2, 3, 4)).tolist()), tuple(values.std((0, 2, 3, 4)).tolist())
+    else:
+        mean, std = like.mean, like.std
+    center, spread = (values.new_tensor(row).view(1, -1, 1, 1, 1) for row in (mean, std))
+    return Latents((values - center) / spread, clips, mean, std, digest.hexdigest())
 
 
 def _clips(metadata: Mapping[str, str]) -> list[Clip]:
@@ -184,7 +198,7 @@ def _clips(metadata: Mapping[str, str]) -> list[Clip]:
 def _clips_of_all(folder: Path, drawn: Mapping[Path, Shard]) -> list[Clip]:
     """Return the clips of every shard, written or only drawn, in the order in which :func:`load` will return them."""
     made = {path: _clips(read_metadata(path)) for path in folder.glob("shard-*.safetensors")}
-    made |= {path: list(shard.clips) for path, shard in drawn.items()}
+    made |= {path: list(shard.clips) for path, shard in drawn.items() if path.parent == folder}
     return [clip for path in sorted(made) for clip in made[path]]
 
 
@@ -238,45 +252,74 @@ def published(folder: Path) -> list[Clip]:
     return [Clip.from_json(clip) for clip in json.loads((folder / "clips.json").read_text())]
 
 
+@dataclass(frozen=True)
+class Series:
+    """Clips of one length, in a folder of their own.
+
+    Attributes:
+        folder: Where their shards are.
+        frames: Latent frames of a clip.
+        clips: At least so many; a shard is always whole.
+        seed: Of what they show.
+        two_objects: Share of clips with two objects.
+    """
+
+    folder: Path
+    frames: int
+    clips: int
+    seed: int
+    two_objects: float
+
+    def missing(self) -> Iterator[tuple[Path, Shard]]:
+        """Iterate over the shards that are not there, with the path of each."""
+        for index in range(-(-self.clips * self.frames // SHARD_FRAMES)):
+            path = self.folder / f"shard-{index:04d}.safetensors"
+            if not path.exists():
+                yield path, Shard.of(self.seed, index, frames=self.frames, two_objects=self.two_objects)
+
+
 def build(
     root: Path,
     *,
     clips: int,
+    beginnings: int,
     two_objects: float,
     config: VaeConfig = CONFIG,
     seed: int = 3,
     device: Device = CPU,
     wait: bool = False,
 ) -> Latents:
-    """Make the shards that are missing in ``root/latents``, and the index; return the data set.
+    """Make the shards that are missing in ``root/latents`` and ``root/beginnings``, and the index; return the clips.
 
     Args:
         root: Training folder.
-        clips: At least so many.
+        clips: At least so many clips.
+        beginnings: At least so many first frames by themselves.
         two_objects: Share of clips with two objects.
         config: Of the VAE.
-        seed: Of the clips.
+        seed: Of the clips; one more for the first frames.
         device: What draws and encodes.
         wait: Draw the scenes, then wait for the VAE to be finished.
     """
-    folder = root / "latents"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"shard-{index:04d}.safetensors" for index in range(-(-clips // SHARD_CLIPS))]
-    shards: Iterator[tuple[Path, Shard]] = (
-        (path, Shard.of(seed, index, two_objects=two_objects)) for index, path in enumerate(paths) if not path.exists()
-    )
+    whole = Series(root / "latents", CLIP_FRAMES, clips, 2 * seed, two_objects)
+    first = Series(root / "beginnings", 1, beginnings, 2 * seed + 1, two_objects)
+    for series in (whole, first):
+        series.folder.mkdir(parents=True, exist_ok=True)
+    shards: Iterable[tuple[Path, Shard]] = chain(whole.missing(), first.missing())
     if wait:
         drawn = dict(shards)
-        shards = iter(drawn.items())
-        publish(folder, _clips_of_all(folder, drawn))
+        shards = drawn.items()
+        for series in (whole, first):
+            publish(series.folder, _clips_of_all(series.folder, drawn))
         wait_for(root / "vae")
     parameters = load_file(root / "vae" / "ema.safetensors", device=str(device.torch))
     for path, shard in shards:
         write_shard(path, shard, parameters, config, device)
-    data = load(folder, device.torch)
-    index_data = {"clips": len(data.clips), "mean": data.mean, "std": data.std, "data_hash": data.data_hash}
-    (folder / "index.json").write_text(json.dumps(index_data, indent=1) + "\n")
-    mark_finished(folder, clips=len(data.clips))
+    data = load(whole.folder, device.torch)
+    hashes = {"data_hash": data.data_hash, "beginnings_hash": load(first.folder, like=data).data_hash}
+    index = {"clips": len(data.clips), "mean": data.mean, "std": data.std} | hashes
+    (whole.folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    mark_finished(whole.folder, clips=len(data.clips))
     return data
 
 
@@ -284,12 +327,21 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--clips", type=int, help="clips altogether (default: 2048, on a GPU 12288)")
+    parser.add_argument("--clips", type=int, help=f"clips altogether (default: {CLIPS}, on a GPU {GPU_CLIPS})")
+    numbers = f"default: {BEGINNINGS}, on a GPU {GPU_BEGINNINGS}"
+    parser.add_argument("--beginnings", type=int, help=f"first frames by themselves ({numbers})")
     parser.add_argument("--two-objects", type=float, default=0.1, help="share of clips with two objects")
     arguments = parser.parse_args()
     device = start_process(arguments)
-    clips = arguments.clips or (CLIPS if device.kind == "cpu" else GPU_CLIPS)
-    build(arguments.root, clips=clips, two_objects=arguments.two_objects, device=device, wait=arguments.wait)
+    cpu = device.kind == "cpu"
+    build(
+        arguments.root,
+        clips=arguments.clips or (CLIPS if cpu else GPU_CLIPS),
+        beginnings=arguments.beginnings or (BEGINNINGS if cpu else GPU_BEGINNINGS),
+        two_objects=arguments.two_objects,
+        device=device,
+        wait=arguments.wait,
+    )
 
 
 if __name__ == "__main__":

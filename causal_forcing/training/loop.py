@@ -298,19 +298,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait", action="store_true", help="prepare, then wait for the stage before")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="wall time after which the stage ends")
     parser.add_argument("--steps", type=int, help="updates altogether, instead of the stage's own number")
+    parser.add_argument("--rate", type=float, help="highest learning rate, instead of the stage's own")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
 
 
 def chosen_schedule(arguments: argparse.Namespace, cpu: Schedule, gpu: Schedule) -> Schedule:
-    """Return the schedule of a device, with the steps or the budget that were asked for."""
+    """Return the schedule of a device, with the steps, the budget and the rate that were asked for."""
     schedule = cpu if arguments.device == "cpu" else gpu
-    given = {"steps": arguments.steps, "budget_s": arguments.budget}
+    given = {"steps": arguments.steps, "budget_s": arguments.budget, "learning_rate": arguments.rate}
     return dataclasses.replace(schedule, **{name: value for name, value in given.items() if value is not None})
 
 
 def start_process(arguments: argparse.Namespace) -> Device:
     """Set up this process for training and return what it computes on.
 
-    On the CPU: one thread at niceness 19, its process group recorded in ``root/process_group``, which benchmarks read
+    On the CPU: few threads at niceness 19, its process group recorded in ``root/process_group``, which benchmarks read
     to pause training (SIGSTOP) while they measure. On a GPU: bfloat16 products, and TF32 where float32 is asked for.
 
     Raises:
@@ -318,7 +320,7 @@ def start_process(arguments: argparse.Namespace) -> Device:
     """
     root: Path = arguments.root
     root.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("--device cuda: this machine has no CUDA device that PyTorch can use")

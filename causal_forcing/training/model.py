@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from causal_forcing.config import VaeConfig
-from causal_forcing.flow import SHIFT, TRAIN_STEPS
+from causal_forcing.flow import TRAIN_STEPS, shifted
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
 from causal_forcing.rope import RotaryEmbedding
@@ -28,6 +28,9 @@ GEOMETRY = Geometry(SIDE, SIDE)
 
 WINDOW_FRAMES = 8
 """Latent frames that attention sees, in training as in use: one period of the world's motions."""
+
+MIDDLE_SHARE, MIDDLE_MEAN, MIDDLE_STD = 0.5, 0.4, 0.8
+"""Share of noise levels from a logit-normal distribution, and its parameters."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,16 @@ def initialise(transformer: CausalTransformer) -> None:
             nn.init.xavier_uniform_(value.flatten(1))
 
 
-def draw_levels(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return noise levels drawn uniformly from the shifted training table, float32 in (0, 1]."""
-    row = torch.randint(TRAIN_STEPS, shape, generator=generator, device=generator.device)
-    u = 1 - row / TRAIN_STEPS
-    return SHIFT * u / (1 + (SHIFT - 1) * u)
+def draw_levels(shape: tuple[int, ...], generator: torch.Generator, shift: float) -> Tensor:
+    """Return noise levels, float32 in (0, 1]: half of them uniform, half of them around the middle, all shifted.
+
+    Objects get their shapes at middle levels. Source: Esser et al. 2024 (arXiv 2403.03206), logit-normal sampling.
+    """
+    device = generator.device
+    uniform = 1 - torch.randint(TRAIN_STEPS, shape, generator=generator, device=device) / TRAIN_STEPS
+    middle = torch.sigmoid(MIDDLE_MEAN + MIDDLE_STD * torch.randn(shape, generator=generator, device=device))
+    chosen = torch.rand(shape, generator=generator, device=device) < MIDDLE_SHARE
+    return shifted(torch.where(chosen, middle, uniform), shift)
 
 
 def add_noise(clean: Tensor, sigmas: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -128,6 +136,14 @@ def embedded_preset(root: Path) -> Preset:
         window_frames=WINDOW_FRAMES,
         trained=True,
     )
+
+
+def load_generator(root: Path, stage: str) -> dict[str, Tensor]:
+    """Return the averaged parameters of a whole generator; a stage that kept the text encoder has that of ``ar``."""
+    tensors = load_stage(root, stage)
+    if any(name.startswith("text_encoder.") for name in tensors):
+        return tensors
+    return load_stage(root, "ar") | tensors
 
 
 def load_stage(root: Path, stage: str, *, averaged: bool = True) -> dict[str, Tensor]:

@@ -51,6 +51,12 @@ CIRCLE_RADIUS = 12.0
 BOUNCE_HEIGHT = 20.0
 PULSE_DEPTH = 0.3
 
+PLACE_GRID = 16
+"""Objects begin with their centre on a multiple of this, in pixels: the side of a token.
+
+Where an object stands within a token changes all of its latents; free places make many more first pictures to learn.
+"""
+
 FloatArray = NDArray[np.floating[Any]]
 
 
@@ -249,14 +255,24 @@ def draw_scene(rng: np.random.Generator, *, two_objects: float = 0.0, held_out: 
 
 
 def draw_placement(rng: np.random.Generator, thing: Thing) -> Placement:
-    """Return a random start; objects that stay near it start where all of their path is on the screen."""
-    phase = float(rng.uniform(0, 2 * math.pi))
+    """Return a random start on the grid; objects that stay near it start where all of their path is on the screen."""
+    while True:
+        phase = float(rng.uniform(0, 2 * math.pi))
+        low, high = _start_area(thing, phase)
+        first, last = np.ceil(low / PLACE_GRID), np.floor(high / PLACE_GRID)
+        if np.all(first <= last):
+            x, y = PLACE_GRID * rng.integers(first, last + 1)
+            return Placement(float(x), float(y), phase)
+
+
+def _start_area(thing: Thing, phase: float) -> tuple[FloatArray, FloatArray]:
+    """Return the least and the greatest column and row at which an object may start, ``[2]`` each."""
     margin = SIZES[thing.size] + 1
     low, high = np.full(2, margin), np.full(2, SIDE - margin)
     if thing.motion in ("left", "right"):
-        low[0], high[0] = 0, SIDE
+        low[0], high[0] = 0, SIDE - 1
     elif thing.motion in ("up", "down"):
-        low[1], high[1] = 0, SIDE
+        low[1], high[1] = 0, SIDE - 1
     elif thing.motion == "bouncing":
         lift = BOUNCE_HEIGHT * abs(math.sin(phase / 2))
         low[1], high[1] = low[1] + BOUNCE_HEIGHT - lift, high[1] - lift
@@ -265,8 +281,7 @@ def draw_placement(rng: np.random.Generator, thing: Thing) -> Placement:
         low, high = low + CIRCLE_RADIUS + offset, high - CIRCLE_RADIUS + offset
     elif thing.motion == "pulsing":
         low, high = low + PULSE_DEPTH * margin, high - PULSE_DEPTH * margin
-    x, y = rng.uniform(low, high)
-    return Placement(float(x), float(y), phase)
+    return low, high
 
 
 def draw_clip(rng: np.random.Generator, scene: Scene, frames: int) -> tuple[Segment, ...]:

@@ -7,6 +7,7 @@ import torch
 
 from causal_forcing.config import TransformerConfig, VaeConfig
 from causal_forcing.engine import Engine
+from causal_forcing.flow import SHIFT
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.transformer import CausalTransformer
@@ -53,7 +54,14 @@ def embedding(text, config=TRANSFORMER):
 
 def make_engine(chunk_frames=1, *, vae=False, seed=1, config=TRANSFORMER):
     """Return an engine of a model that exists nowhere else; every call with one seed gives the same weights."""
-    preset = replace(get_preset("tiny"), name=f"test-{chunk_frames}", transformer=config, chunk_frames=chunk_frames)
+    preset = replace(
+        get_preset("tiny"),
+        name=f"test-{chunk_frames}",
+        transformer=config,
+        chunk_frames=chunk_frames,
+        first_chunk_steps=None,
+        shift=SHIFT,
+    )
     return Engine(preset, make_transformer(config, seed), make_vae() if vae else None, HashTextEncoder())
 
 

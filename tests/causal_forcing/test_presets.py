@@ -4,10 +4,14 @@ import pickle
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
+from causal_forcing.flow import SHIFT
 from causal_forcing.presets import PRESETS, CheckpointFile, get_preset
+from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 
 DOWNLOADABLE = [preset for preset in PRESETS.values() if preset.files.transformer is not None]
 
@@ -102,3 +106,16 @@ def test_an_unknown_vae_names_the_known_ones():
         get_preset("tiny").vae_config("vqgan")
     assert caught.value.metadata["field"] == "vae"
     assert "lightvae" in caught.value.message
+
+
+def test_small_pictures_have_a_shift_of_their_own():
+    assert {name for name, preset in PRESETS.items() if preset.shift != SHIFT} == {"tiny"}
+    engine = Engine.load(get_preset("tiny"), vae=None)
+
+    def latents(shift):
+        session = replace(engine, preset=replace(engine.preset, shift=shift)).new_session(engine.session_config())
+        session.update_prompt(PromptUpdate((WeightedPrompt("a red circle"),)))
+        return session.generate_chunk().latents
+
+    assert torch.equal(latents(engine.preset.shift), latents(1.0))
+    assert not torch.equal(latents(1.0), latents(SHIFT))

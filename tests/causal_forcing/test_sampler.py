@@ -89,3 +89,12 @@ def test_a_schedule_holds_each_timestep_once_and_the_first_chunks_steps():
 def test_without_its_own_steps_the_first_chunk_takes_the_others():
     schedule = Schedule.of(make_transformer(), (1000, 250), None)
     assert schedule.first_steps == schedule.steps
+
+
+def test_steps_are_warped_by_the_models_shift():
+    def sigmas(**shift):
+        schedule = Schedule.of(make_transformer(), (1000, 750, 500, 250), None, **shift)
+        return [step.level.sigma for step in schedule.steps]
+
+    assert sigmas(shift=1.0) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert sigmas() == pytest.approx([1, 0.9375, 5 / 6, 0.625])

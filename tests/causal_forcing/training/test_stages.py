@@ -15,8 +15,8 @@ from causal_forcing.commands import evaluate
 from causal_forcing.config import TextEncoderConfig, TransformerConfig, VaeConfig
 from causal_forcing.engine import Engine
 from causal_forcing.presets import get_preset
-from causal_forcing.tokenizer import FileTokenizer
-from causal_forcing.training import ar, cd, evaluation, export, latents, lightvae, model, vae
+from causal_forcing.tokenizer import END_ID, PAD_ID, FileTokenizer
+from causal_forcing.training import ar, cd, evaluation, export, guided, latents, lightvae, model, vae
 from causal_forcing.training.loop import CPU, Run, Schedule, read_log, step_rng
 from causal_forcing.training.optimizer import Optimizer, orthogonalise
 from causal_forcing.training.text import train_tokenizer
@@ -44,7 +44,7 @@ def small():
         patch.setattr(vae, "CROP", 16)
         patch.setattr(vae, "SHORT_FRAMES", 5)
         patch.setattr(vae, "LONG_FRAMES", 5)
-        patch.setattr(latents, "SHARD_CLIPS", 4)
+        patch.setattr(latents, "SHARD_FRAMES", 20)
         patch.setattr(latents, "CLIP_FRAMES", 5)
         patch.setattr(latents, "SWITCH_SHARE", 0.5)
         patch.setattr(model, "CONFIG", VAE)
@@ -66,13 +66,13 @@ def root(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     train_tokenizer(folder / "text" / "tokenizer.json", VOCABULARY, count=200)
     vae.train(folder, config=VAE, schedule=SCHEDULE)
-    latents.build(folder, clips=8, two_objects=0.0, config=VAE)
+    latents.build(folder, clips=8, beginnings=20, two_objects=0.0, config=VAE)
     return folder
 
 
 def branch(root, tmp_path):
     """A folder that shares the inputs of ``root`` and has no generator yet."""
-    for name in ("vae", "latents", "text"):
+    for name in ("vae", "latents", "beginnings", "text"):
         (tmp_path / name).symlink_to(root / name)
     return tmp_path
 
@@ -96,19 +96,20 @@ def stages(root):
         "bidirectional": lambda folder, until: ar.train(
             folder, preset=PRESET, schedule=SCHEDULE, until=until, bidirectional=True
         ),
+        "guided": lambda folder, until: guided.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
         "cd": lambda folder, until: cd.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
     }
 
 
-@pytest.mark.parametrize("stage", ["vae", "lightvae", "ar", "bidirectional", "cd"])
+@pytest.mark.parametrize("stage", ["vae", "lightvae", "ar", "bidirectional", "guided", "cd"])
 def test_a_stage_resumes_bit_for_bit(root, tmp_path, stage):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
         if stage != "vae":
             branch(root, folder)
-        if stage == "cd":
-            stages(root)["ar"](folder, 2)
+        for earlier in {"guided": ["ar"], "cd": ["ar", "guided"]}.get(stage, []):
+            stages(root)[earlier](folder, 2)
     train = stages(root)[stage]
     train(whole, None)
     train(broken, 2)
@@ -165,14 +166,26 @@ def test_the_generator_learns(root, tmp_path, bidirectional):
     assert loss(ar.train(tmp_path, preset=PRESET, schedule=long, bidirectional=bidirectional)) < 0.95 * start
 
 
+def empty_captions(ids):
+    """Return token ids of empty captions: the end, then padding."""
+    empty = torch.full_like(ids, PAD_ID)
+    empty[:, 0] = END_ID
+    return empty
+
+
 def test_first_frames_are_learnt_by_themselves_under_the_caption_that_they_begin_with(root, tmp_path):
     branch(root, tmp_path)
     generator = model.new_generator(tmp_path, 4, PRESET)
     data = dataclasses.replace(ar.load_data(tmp_path, generator, CPU), beginnings=6)
     batch = data.first_frames(step_rng(1, 0))
+    assert torch.equal(batch.unprompted().ids, empty_captions(batch.ids))
+    some = torch.arange(len(batch.ids)) % 2 == 0
+    mixed = batch.unprompted(some).ids
+    assert torch.equal(mixed[~some], batch.ids[~some])
+    assert torch.equal(mixed[some], empty_captions(batch.ids)[some])
     for frame, ids in zip(batch.clean, batch.ids, strict=True):
-        clip = next(i for i, value in enumerate(data.values) if torch.equal(value[:, :1], frame))
-        assert any(torch.equal(ids, row) for row in data.wordings.ids[clip, 0])
+        shown = next(i for i, value in enumerate(data.first_values) if torch.equal(value, frame))
+        assert any(torch.equal(ids, row) for row in data.first_wordings.ids[shown].flatten(0, 1))
     assert not batch.of_frame.any()
     with torch.no_grad():
         values = ar.objective(generator, data, data.layout(2), step_rng(1, 0))
@@ -190,11 +203,48 @@ def test_some_clips_are_read_under_their_last_caption(root):
     assert not (recached & ~switched).any()
 
 
+def test_a_copy_of_the_teacher_is_asked_for_more_of_what_the_caption_changes(root, tmp_path, monkeypatch):
+    branch(root, tmp_path)
+    ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
+    teacher, student = (model.new_generator(tmp_path, 5, PRESET) for _ in range(2))
+    for generator in (teacher, student):
+        generator.load(model.load_generator(tmp_path, "ar"))
+    data = ar.load_data(tmp_path, student, CPU)
+
+    def error(guidance):
+        monkeypatch.setattr(guided, "GUIDANCE", guidance)
+        with torch.no_grad():
+            random = step_rng(1, UNSEEN)
+            return float(guided.guided_error(teacher, student, data.first_frames(random), random, CPU))
+
+    assert error(1.0) == pytest.approx(0, abs=1e-12)
+    assert error(3.0) == pytest.approx(4 * error(2.0), rel=1e-3)
+    assert error(2.0) > 0
+
+
+def test_the_guided_copy_goes_on_learning_from_the_data(root, tmp_path):
+    branch(root, tmp_path)
+    ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
+    run = guided.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
+    teacher, student = (model.new_generator(tmp_path, 5, PRESET) for _ in range(2))
+    data = ar.load_data(tmp_path, student, CPU)
+    for generator in (teacher, student):
+        generator.load(model.load_generator(tmp_path, "ar"))
+
+    def clips():
+        with torch.no_grad():
+            return float(guided.objective(teacher, student, data, data.layout(2), step_rng(1, UNSEEN))["clips"])
+
+    before = clips()
+    student.load(student.parameters | run.parameters)
+    assert clips() < before
+
+
 def test_the_student_becomes_consistent(root, tmp_path):
     branch(root, tmp_path)
     ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=2e-3)
-    run = cd.train(tmp_path, preset=PRESET, schedule=long)
+    run = cd.train(tmp_path, preset=PRESET, schedule=long, teacher_stage="ar")
     teacher, student = (model.new_generator(tmp_path, 5, PRESET) for _ in range(2))
     data = ar.load_data(tmp_path, student, CPU)
     for generator in (teacher, student):
@@ -215,7 +265,7 @@ def test_latents_are_made_once_and_know_their_data(root):
     folder = root / "latents"
     index = json.loads((folder / "index.json").read_text())
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
-    data = latents.build(root, clips=8, two_objects=0.0, config=VAE)
+    data = latents.build(root, clips=8, beginnings=20, two_objects=0.0, config=VAE)
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")} == before
     assert data.data_hash == index["data_hash"]
     assert data.values.shape == (8, 16, 5, 8, 8)
@@ -230,7 +280,7 @@ def test_stages_that_wait_learn_of_every_clip_even_of_those_that_were_made_befor
     shutil.copytree(root / "latents", tmp_path / "latents")
     for name in lost:
         (tmp_path / "latents" / f"{name}.safetensors").unlink()
-    data = latents.build(tmp_path, clips=8, two_objects=0.0, config=VAE, wait=True)
+    data = latents.build(tmp_path, clips=8, beginnings=20, two_objects=0.0, config=VAE, wait=True)
     assert latents.published(tmp_path / "latents") == list(data.clips)
     assert len(data.clips) == 8
     ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1, wait=True)
@@ -252,8 +302,8 @@ def test_export_loads_strictly_and_is_evaluated(root, tmp_path, monkeypatch, cap
     branch(root, tmp_path)
     monkeypatch.setattr(model, "get_preset", lambda _name: PRESET)
     lightvae.train(tmp_path, config=LIGHT, large_config=VAE, schedule=SCHEDULE, until=1)
-    ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
-    cd.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
+    for stage in (ar, guided, cd):
+        stage.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
     preset = model.embedded_preset(tmp_path)
     size = export.export(tmp_path, tmp_path / "out")
     assert 0 < size < export.LIMIT_BYTES

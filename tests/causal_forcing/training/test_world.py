@@ -95,3 +95,19 @@ def test_captions_name_their_scene():
             assert any(word in text for word in captions.SHAPE_WORDS[thing.shape])
             assert any(phrase in text for phrase in captions.MOTION_WORDS[thing.motion])
         assert any(phrase.lower() in text for phrase in captions.BACKGROUND_WORDS[scene.background])
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+def test_objects_begin_on_the_grid_and_stay_on_the_screen_unless_they_travel(motion):
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        thing = world.Thing("red", "circle", str(rng.choice(list(world.SIZES))), motion)
+        start = world.draw_placement(rng, thing)
+        assert start.x % world.PLACE_GRID == start.y % world.PLACE_GRID == 0
+        track = world.path(motion, start, world.PERIOD_FRAMES)
+        reach = world.SIZES[thing.size] * track[:, 2]
+        across, along = track[:, 0], track[:, 1]
+        if motion not in ("left", "right"):
+            assert np.all((across - reach >= 0) & (across + reach <= world.SIDE))
+        if motion not in ("up", "down"):
+            assert np.all((along - reach >= 0) & (along + reach <= world.SIDE))

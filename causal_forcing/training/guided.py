@@ -1,0 +1,125 @@
+"""Stage 4 of the embedded model: a teacher that is guided by the caption in one pass.
+
+    python -m causal_forcing.training.guided
+
+Classifier-free guidance moves the velocity of a first frame from that without a caption to that with one and beyond.
+Here a copy of the autoregressive teacher learns the guided velocity, so that whoever follows it needs no second pass,
+and goes on learning from the data how frames that have a past go on. Writes ``<root>/guided``, the transformer alone.
+
+Source: Meng et al. 2023 (arXiv 2210.03142), the first of its two stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from causal_forcing.presets import Preset
+from causal_forcing.training.ar import DRAWS, Batch, Data, load_data, rehearsal, velocity_error
+from causal_forcing.training.cd import fixed_prompts
+from causal_forcing.training.loop import (
+    CPU,
+    Device,
+    Run,
+    Schedule,
+    StepRandom,
+    add_arguments,
+    chosen_schedule,
+    start_process,
+    wait_for,
+)
+from causal_forcing.training.model import Generator, add_noise, draw_levels, load_generator, new_generator
+from causal_forcing.training.teacher_forcing import Layout
+
+SCHEDULE = Schedule(steps=1000, learning_rate=8e-4, warmup=20, decay_from=0.3, ema=0.99)
+GPU_SCHEDULE = Schedule(
+    steps=4000, learning_rate=8e-4, warmup=50, decay_from=0.3, save_every=1000, ema=0.99, budget_s=30
+)
+GUIDANCE = 2.0
+"""How far the velocity goes from that without a caption to that with one; 1 is there, more is beyond."""
+
+
+def objective(
+    teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom
+) -> dict[str, Tensor]:
+    """Return the student's velocity error: of clips against the data, of first frames against the guided teacher."""
+    clips = velocity_error(student, data.batch(layout, random), random, data.device)
+    beginnings = guided_error(teacher, student, data.first_frames(random), random, data.device)
+    return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
+
+
+def guided_error(teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
+    """Return the student's mean squared error against the guided teacher's velocity, 0-dim."""
+    clean, layout = batch.clean, batch.layout
+    sigmas = draw_levels((len(clean), layout.draws * layout.frames), random.torch, student.preset.shift)
+    noisy, _ = add_noise(clean.repeat(1, 1, layout.draws, 1, 1), sigmas, random.torch)
+    captions, empty = (fixed_prompts(teacher, captioned, device) for captioned in (batch, batch.unprompted()))
+    with device.autocast():
+        with torch.no_grad():
+            without, under = (batch.velocity(teacher, clean, noisy, sigmas, words) for words in (empty, captions))
+        guess = batch.velocity(student, clean, noisy, sigmas, captions)
+    return (guess - torch.lerp(without, under, GUIDANCE)).square().mean()
+
+
+def train(
+    root: Path,
+    *,
+    preset: Preset | None = None,
+    schedule: Schedule = SCHEDULE,
+    seed: int = 6,
+    until: int | None = None,
+    device: Device = CPU,
+    wait: bool = False,
+    begin: str = "ar",
+) -> Run:
+    """Train (or go on training) in ``root/guided`` from ``root/ar`` and return the run.
+
+    Half of the first frames of the other stages are drawn a step, and twice the clips.
+
+    Args:
+        root: Training folder.
+        preset: Sizes; None for those of ``tiny``.
+        schedule: Length and learning rate.
+        seed: Source of all randomness.
+        until: Step to stop at.
+        device: What computes.
+        wait: Prepare, then wait for the teacher.
+        begin: Stage whose averaged weights the student begins with.
+    """
+    teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
+    for generator in (teacher, student):
+        generator.encoder.requires_grad_(False)
+    moving = {name: value for name, value in student.parameters.items() if name.startswith("transformer.")}
+
+    def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
+        shares = replace(data, clips=2 * data.clips, beginnings=-(-data.beginnings // 2))
+        return objective(teacher, student, shares, data.layout(DRAWS), random)
+
+    data = load_data(root, student, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
+    if wait:
+        wait_for(root / "ar")
+    teacher.load(load_generator(root, "ar"))
+    student.load(load_generator(root, begin))
+    run = Run(root / "guided", moving, schedule, seed)
+    run.train(lambda _step, random: step_loss(data, random), until=until)
+    return run
+
+
+def main() -> None:
+    """Run the stage from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--begin", default="ar", metavar="STAGE", help="whose averaged weights the student begins with")
+    arguments = parser.parse_args()
+    device = start_process(arguments)
+    schedule = chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE)
+    run = train(arguments.root, schedule=schedule, device=device, wait=arguments.wait, begin=arguments.begin)
+    raise SystemExit(run.exit_status)
+
+
+if __name__ == "__main__":
+    main()
