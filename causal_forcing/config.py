@@ -17,6 +17,9 @@ from causal_forcing.geometry import LATENT_CHANNELS, Geometry
 DEFAULT_STEPS = (1000, 750, 500, 250)
 """Denoising steps before warping. Source: thu-ml/Causal-Forcing@1fc7bbc:configs."""
 
+DEFAULT_SHIFT = 5.0
+"""Timestep shift of every checkpoint of Wan2.1's sizes. Source: thu-ml/Causal-Forcing@1fc7bbc:configs."""
+
 MAX_STEPS = 50
 """Upper limit on the number of denoising steps of one chunk."""
 

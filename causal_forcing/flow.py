@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from causal_forcing.config import DEFAULT_SHIFT
+
 TRAIN_STEPS = 1000
 """Rows of the table of noise levels the model was trained on."""
-
-SHIFT = 5.0
-"""Timestep shift of every checkpoint of Wan2.1's sizes."""
 
 CONTEXT_TIMESTEP = 0.0
 """Timestep of the pass that writes clean keys and values."""
@@ -43,17 +42,17 @@ def shifted(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def sigma_table(shift: float = SHIFT) -> Tensor:
+def sigma_table(shift: float = DEFAULT_SHIFT) -> Tensor:
     """Return the 1000 training noise levels, descending from 1, float32."""
     return shifted(torch.linspace(1.0, 0.0, TRAIN_STEPS + 1)[:-1], shift)
 
 
-def timestep_table(shift: float = SHIFT) -> Tensor:
+def timestep_table(shift: float = DEFAULT_SHIFT) -> Tensor:
     """Return the timesteps of :func:`sigma_table`, float32."""
     return sigma_table(shift) * TRAIN_STEPS
 
 
-def warp_steps(steps: Sequence[int], shift: float = SHIFT) -> tuple[NoiseLevel, ...]:
+def warp_steps(steps: Sequence[int], shift: float = DEFAULT_SHIFT) -> tuple[NoiseLevel, ...]:
     """Return the noise levels of denoising steps written in unshifted units, e.g. 750 becomes timestep 937.5.
 
     Args:

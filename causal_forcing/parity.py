@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from causal_forcing.config import SinkRope, TextEncoderConfig, TransformerConfig, VaeConfig
+from causal_forcing.config import DEFAULT_SHIFT, SinkRope, TextEncoderConfig, TransformerConfig, VaeConfig
 from causal_forcing.engine import Engine, choose_layout
 from causal_forcing.errors import CausalForcingError
-from causal_forcing.flow import SHIFT, sigma_table, timestep_table, to_x0, warp_steps
+from causal_forcing.flow import sigma_table, timestep_table, to_x0, warp_steps
 from causal_forcing.geometry import PATCH, SPATIAL_STRIDE, Geometry
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
@@ -323,7 +323,9 @@ def _open_session(golden: Golden, weights: Golden, numerics: Numerics) -> tuple[
     transformer.to(numerics.device, numerics.dtype).requires_grad_(False)
     chunk_frames = c["num_frame_per_block"]
     choose_layout(transformer, chunk_frames * (c["latent_h"] // PATCH) * (c["latent_w"] // PATCH))
-    preset = replace(get_preset("tiny"), name=golden.name, transformer=config, chunk_frames=chunk_frames, shift=SHIFT)
+    preset = replace(
+        get_preset("tiny"), name=golden.name, transformer=config, chunk_frames=chunk_frames, shift=DEFAULT_SHIFT
+    )
     windowed = c["local_attn_size"] != -1
     engine = Engine(preset, transformer)
     session_config = engine.session_config(

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from causal_forcing.config import (
+    DEFAULT_SHIFT,
     DEFAULT_STEPS,
     SessionConfig,
     SinkRope,
@@ -23,7 +24,6 @@ from causal_forcing.config import (
     VaeConfig,
 )
 from causal_forcing.errors import InvalidRequest
-from causal_forcing.flow import SHIFT
 
 UNKNOWN_LICENCE = "not stated here: see the repository's model card"
 """Written where no licence could be checked."""
@@ -131,7 +131,7 @@ class Preset:
     chunk_frames: int
     denoising_steps: tuple[int, ...] = DEFAULT_STEPS
     first_chunk_steps: tuple[int, ...] | None = None
-    shift: float = SHIFT
+    shift: float = DEFAULT_SHIFT
     window_frames: int = 21
     sink_frames: int = 0
     sink_rope: SinkRope = SinkRope.RELATIVE

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from causal_forcing.flow import CONTEXT_TIMESTEP, SHIFT, NoiseLevel, renoise, to_x0, warp_steps
+from causal_forcing.config import DEFAULT_SHIFT
+from causal_forcing.flow import CONTEXT_TIMESTEP, NoiseLevel, renoise, to_x0, warp_steps
 from causal_forcing.transformer import CausalTransformer, TimestepModulation
 
 
@@ -53,7 +54,7 @@ class Schedule:
         steps: Sequence[int],
         first_steps: Sequence[int] | None,
         *,
-        shift: float = SHIFT,
+        shift: float = DEFAULT_SHIFT,
     ) -> Schedule:
         """Return the schedule of unwarped denoising steps.
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from causal_forcing.config import TransformerConfig, VaeConfig
+from causal_forcing.config import DEFAULT_SHIFT, TransformerConfig, VaeConfig
 from causal_forcing.engine import Engine
-from causal_forcing.flow import SHIFT
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.transformer import CausalTransformer
@@ -60,7 +59,7 @@ def make_engine(chunk_frames=1, *, vae=False, seed=1, config=TRANSFORMER):
         transformer=config,
         chunk_frames=chunk_frames,
         first_chunk_steps=None,
-        shift=SHIFT,
+        shift=DEFAULT_SHIFT,
     )
     return Engine(preset, make_transformer(config, seed), make_vae() if vae else None, HashTextEncoder())
 

@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from causal_forcing.config import SessionConfig
+from causal_forcing.config import DEFAULT_SHIFT, SessionConfig
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
-from causal_forcing.flow import SHIFT
 from causal_forcing.presets import PRESETS, CheckpointFile, get_preset
 from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 
@@ -109,7 +108,7 @@ def test_an_unknown_vae_names_the_known_ones():
 
 
 def test_small_pictures_have_a_shift_of_their_own():
-    assert {name for name, preset in PRESETS.items() if preset.shift != SHIFT} == {"tiny"}
+    assert {name for name, preset in PRESETS.items() if preset.shift != DEFAULT_SHIFT} == {"tiny"}
     engine = Engine.load(get_preset("tiny"), vae=None)
 
     def latents(shift):
@@ -118,4 +117,4 @@ def test_small_pictures_have_a_shift_of_their_own():
         return session.generate_chunk().latents
 
     assert torch.equal(latents(engine.preset.shift), latents(1.0))
-    assert not torch.equal(latents(1.0), latents(SHIFT))
+    assert not torch.equal(latents(1.0), latents(DEFAULT_SHIFT))

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +156,18 @@ async def test_the_demo_is_deployed_streamed_scaled_rolled_and_drained(deployed:
     deployed.deploy()
     await until(lambda: deployed.actors("Gateway") and deployed.actors("Generator"), "the first replicas")
 
-    async with deployed.session() as second:
+    async with AsyncExitStack() as stack:
         # Up: a second session gets a second generator, on the pool's other node.
         async with deployed.session() as first:
             assert (await started(first)).config.credit_chunks == 2
+            second = await stack.enter_async_context(deployed.session())
             await chunks(second, 3)
             homes = {one.node_id for one in deployed.actors("Generator")}
             assert homes == set(deployed.nodes["generator"])
             assert deployed.pools("TextEncoder") == deployed.pools("VaeDecoder") == {"codec"}
             # On the generators' nodes they would end with one that is taken away because it is idle.
             assert deployed.pools("_MailboxActor") == deployed.pools("_AdmissionActor") == {"gateway"}
-        # Down: a generator goes, and the second session does not notice.
+        # Down: a generator goes, the older one as each has a node of its own, and the second session does not notice.
         done = asyncio.Event()
         reader = asyncio.create_task(reading(second, done))
         await until(lambda: len(deployed.actors("Generator")) == 1, "one generator is stopped")
