@@ -160,9 +160,9 @@ class Data:
         ids, of_frame = self.first_wordings.choose(chosen, 1, random.numpy)
         return Batch(self.first_values[chosen], ids[::2], of_frame, of_frame, Layout(1, BEGINNING_DRAWS))
 
-    def layout(self, draws: int, *, bidirectional: bool = False) -> Layout:
+    def layout(self, draws: int, *, window: int = WINDOW_FRAMES, bidirectional: bool = False) -> Layout:
         """Return the layout of a pass over a batch."""
-        return Layout(self.values.shape[2], draws, window=WINDOW_FRAMES, bidirectional=bidirectional)
+        return Layout(self.values.shape[2], draws, window=window, bidirectional=bidirectional)
 
 
 def load_data(

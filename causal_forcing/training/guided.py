@@ -32,7 +32,14 @@ from causal_forcing.training.loop import (
     start_process,
     wait_for,
 )
-from causal_forcing.training.model import Generator, add_noise, draw_levels, load_generator, new_generator
+from causal_forcing.training.model import (
+    WINDOW_FRAMES,
+    Generator,
+    add_noise,
+    draw_levels,
+    load_generator,
+    new_generator,
+)
 from causal_forcing.training.teacher_forcing import Layout
 
 SCHEDULE = Schedule(steps=1000, learning_rate=8e-4, warmup=20, decay_from=0.3, ema=0.99)
@@ -41,6 +48,14 @@ GPU_SCHEDULE = Schedule(
 )
 GUIDANCE = 2.0
 """How far the velocity goes from that without a caption to that with one; 1 is there, more is beyond."""
+FLUSHED = 0.2
+"""Share of steps whose frames read few others, as they do after a switch with ``flush``."""
+
+
+def draw_window(random: StepRandom) -> int:
+    """Return how many frames, its own among them, a frame of this step reads: sometimes few, as after a flush."""
+    flushed = random.numpy.random() < FLUSHED
+    return int(random.numpy.integers(2, WINDOW_FRAMES)) if flushed else WINDOW_FRAMES
 
 
 def objective(
@@ -97,7 +112,7 @@ def train(
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         shares = replace(data, clips=2 * data.clips, beginnings=-(-data.beginnings // 2))
-        return objective(teacher, student, shares, data.layout(DRAWS), random)
+        return objective(teacher, student, shares, data.layout(DRAWS, window=draw_window(random)), random)
 
     data = load_data(root, student, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
     if wait:

@@ -44,7 +44,7 @@ from causal_forcing.training.vae import CONFIG, as_video
 CLIP_FRAMES = 16
 """Latent frames of a clip: twice the attention window, so that training sees frames evicted."""
 
-CLIPS, GPU_CLIPS = 2048, 12288
+CLIPS, GPU_CLIPS = 6144, 12288
 """Clips altogether."""
 
 BEGINNINGS, GPU_BEGINNINGS = 24_576, 98_304
@@ -53,7 +53,7 @@ BEGINNINGS, GPU_BEGINNINGS = 24_576, 98_304
 SHARD_FRAMES = 1024
 """Latent frames of a shard."""
 
-ENCODE_FRAMES, GPU_ENCODE_FRAMES = 64, 256
+ENCODE_FRAMES, GPU_ENCODE_FRAMES = 32, 256
 """Latent frames that the VAE encodes together."""
 
 SWITCH_SHARE = 0.35

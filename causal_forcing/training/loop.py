@@ -300,6 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="updates altogether, instead of the stage's own number")
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the stage's own")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16, which a GPU always does")
 
 
 def chosen_schedule(arguments: argparse.Namespace, cpu: Schedule, gpu: Schedule) -> Schedule:
@@ -329,4 +330,4 @@ def start_process(arguments: argparse.Namespace) -> Device:
         return Device("cuda", bfloat16=True)
     os.nice(19 - os.nice(0))
     (root / "process_group").write_text(f"{os.getpgrp()}\n")
-    return CPU
+    return Device(bfloat16=arguments.bfloat16)

@@ -17,7 +17,7 @@ from causal_forcing.engine import Engine
 from causal_forcing.presets import get_preset
 from causal_forcing.tokenizer import END_ID, PAD_ID, FileTokenizer
 from causal_forcing.training import ar, cd, evaluation, export, guided, latents, lightvae, model, vae
-from causal_forcing.training.loop import CPU, Run, Schedule, read_log, step_rng
+from causal_forcing.training.loop import CPU, Device, Run, Schedule, read_log, step_rng
 from causal_forcing.training.optimizer import Optimizer, orthogonalise
 from causal_forcing.training.text import train_tokenizer
 
@@ -238,6 +238,30 @@ def test_the_guided_copy_goes_on_learning_from_the_data(root, tmp_path):
     before = clips()
     student.load(student.parameters | run.parameters)
     assert clips() < before
+
+
+def test_some_steps_read_few_frames_as_after_a_flush():
+    windows = [guided.draw_window(step_rng(1, step)) for step in range(400)]
+    assert {window for window in windows if window != model.WINDOW_FRAMES} == set(range(2, model.WINDOW_FRAMES))
+    assert 0.1 < sum(window != model.WINDOW_FRAMES for window in windows) / 400 < 0.3
+
+
+def test_bfloat16_is_for_products_alone(root):
+    generator = model.new_generator(root, 5, PRESET)
+    data = ar.load_data(root, generator, CPU)
+    computed = []
+    generator.transformer.blocks[0].self_attn.o.register_forward_hook(
+        lambda _m, _i, output: computed.append(output.dtype)
+    )
+    errors = []
+    for device in (CPU, Device(bfloat16=True)):
+        random = step_rng(1, UNSEEN)
+        error = ar.velocity_error(generator, data.batch(data.layout(2), random), random, device)
+        error.backward()
+        errors.append(error.item())
+    assert computed == [torch.float32, torch.bfloat16]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert {parameter.grad.dtype for parameter in generator.transformer.parameters()} == {torch.float32}
 
 
 def test_the_student_becomes_consistent(root, tmp_path):

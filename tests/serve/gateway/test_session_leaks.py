@@ -114,7 +114,7 @@ async def test_sessions_leave_nothing_behind_in_their_process() -> None:
 
 def held_bytes() -> int:
     """Return the bytes of all arrays that anything in this process still refers to, in cycles or not."""
-    return sum(some.data.nbytes for some in gc.get_objects() if isinstance(some, PackedTensor))
+    return sum(some.data.nbytes for some in gc.get_objects() if type(some) is PackedTensor)
 
 
 async def test_what_is_large_goes_with_the_session_and_not_with_the_garbage_collector() -> None:
@@ -126,7 +126,7 @@ async def test_what_is_large_goes_with_the_session_and_not_with_the_garbage_coll
         for kind in (ends, half_closes, is_cut_off, leaves_at_once, loses_its_generator_and_goes_on):
             for _ in range(5):
                 await kind(backends)
-            live = [some for some in gc.get_objects() if isinstance(some, LiveSession)]
+            live = [some for some in gc.get_objects() if type(some) is LiveSession]
             assert sum(some.nbytes for some in live) == 0, kind.__name__
         assert held_bytes() - before < 64 << 10
     finally:
