@@ -1,11 +1,13 @@
 """Several sessions on one device: how many have 16 frames a second when they take turns, a chunk each.
 
     python benchmarks/serve_sharing.py
+    python benchmarks/serve_sharing.py --engine tiny --vae lightvae --places 6   # the embedded model on this machine
 
 One simulated generator of 101 ms a chunk with `sessions_per_replica` places, and 1, 2, 3, ... viewers who ask for 16
 frames a second: a chunk every 250 ms. By arithmetic two fit (2 x 101 ms), three do not. Reported for each number are
 frames a second, the intervals between chunks, the share of them within a chunk's media time and a quarter, what viewers
-with a buffer of two chunks felt, and how equal the shares are (Jain's index).
+with a buffer of two chunks felt, and how equal the shares are (Jain's index). With `tiny` the device is this machine,
+which also runs the service and the viewers.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ ENOUGH_FPS = 15.8
 """From which on a session counts as having 16 frames a second: the pace is kept to a chunk, not to a millisecond."""
 
 
-def configuration(places: int) -> ServiceConfig:
+def configuration(engine: str, vae: str, places: int) -> ServiceConfig:
     """Return a service with one generator for so many sessions."""
+    if engine == "tiny":
+        return configured(preset="tiny", vae=vae, generator={"sessions_per_replica": places})
     return configured(
         engine="simulated",
         preset="causal-forcing-framewise",
@@ -59,7 +63,7 @@ async def measure(address: str, arguments: argparse.Namespace) -> list[dict[str,
     return [await share(address, sessions, arguments.chunks) for sessions in range(1, arguments.places + 1)]
 
 
-def lines(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
+def lines(device: str, runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the README's lines."""
     served = [run for run in runs if min(run["fps"]) >= ENOUGH_FPS]
     most = served[-1] if served else None
@@ -68,7 +72,7 @@ def lines(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     interval = f" (chunk interval p99 {1e3 * most['chunk_interval_s']['p99']:.0f} ms)" if most else ""
     return [
         {
-            "measure": "Sessions at 16 FPS on one simulated device (101 ms a chunk)",
+            "measure": f"Sessions at 16 FPS on {device}",
             "value": f"{sessions}{interval}; slowest session's FPS by number of sessions: {shared}",
         }
     ]
@@ -77,12 +81,17 @@ def lines(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
 def main() -> None:
     """Measure and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("tiny", "simulated"), default="simulated", help="what to serve")
+    parser.add_argument("--vae", choices=("wan", "lightvae"), default="wan", help="decoder of tiny (default wan)")
     parser.add_argument("--places", type=int, default=4, help="sessions that the generator takes (default 4)")
     parser.add_argument("--chunks", type=int, default=46, help="chunks of each session (default 46)")
     arguments = parser.parse_args()
-    with running(configuration(arguments.places)) as (address, start_s):
+    simulated = arguments.engine == "simulated"
+    device = "one simulated device (101 ms a chunk)" if simulated else f"this machine: tiny, {arguments.vae}"
+    with running(configuration(arguments.engine, arguments.vae, arguments.places)) as (address, start_s):
         runs = asyncio.run(measure(address, arguments))
-    write("serve_sharing", {"service_start_s": start_s, "runs": runs, "readme": lines(runs)})
+    name = "serve_sharing" if simulated else f"serve_sharing_tiny_{arguments.vae}"
+    write(name, {"service_start_s": start_s, "runs": runs, "readme": lines(device, runs)})
 
 
 if __name__ == "__main__":
