@@ -75,8 +75,8 @@ async def play(address: str, given: grpc.ChannelCredentials, chunks: int) -> lis
         await send_config(call)
         while isinstance(message := await call.read(), pb.StreamVideoResponse):
             heard.append(message)
-            if message.frame.last_in_chunk:
-                done = message.frame.chunk_index >= chunks - 1
+            if message.frame.last_in_chunk and message.frame.chunk_index < chunks:  # more may come before the end
+                done = message.frame.chunk_index == chunks - 1
                 ack = pb.StreamVideoRequest(ack=pb.Ack(chunk_index=message.frame.chunk_index))
                 await call.write(pb.StreamVideoRequest(end=pb.End()) if done else ack)
     return heard
