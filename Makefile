@@ -98,8 +98,8 @@ bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --chunks 80 --switches 18 $(ARGS)
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --vae lightvae --chunks 80 --switches 18 $(ARGS)
 	$(PYTHON) benchmarks/serve_sharing.py
-	$(PYTHON) benchmarks/serve_sharing.py --engine tiny --places 4
-	$(PYTHON) benchmarks/serve_sharing.py --engine tiny --vae lightvae --places 6
+	$(PYTHON) benchmarks/serve_sharing.py --engine tiny --places 6
+	$(PYTHON) benchmarks/serve_sharing.py --engine tiny --vae lightvae --places 9
 	$(PYTHON) benchmarks/serve_scaling.py
 	$(PYTHON) benchmarks/serve_profiles.py
 	$(PYTHON) benchmarks/serve_capacity.py --profile --seconds 9

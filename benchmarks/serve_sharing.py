@@ -1,7 +1,7 @@
 """Several sessions on one device: how many have 16 frames a second when they take turns, a chunk each.
 
     python benchmarks/serve_sharing.py
-    python benchmarks/serve_sharing.py --engine tiny --vae lightvae --places 6   # the embedded model on this machine
+    python benchmarks/serve_sharing.py --engine tiny --vae lightvae --places 9   # the embedded model on this machine
 
 One simulated generator of 101 ms a chunk with `sessions_per_replica` places, and 1, 2, 3, ... viewers who ask for 16
 frames a second: a chunk every 250 ms. By arithmetic two fit (2 x 101 ms), three do not. Reported for each number are
