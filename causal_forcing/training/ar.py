@@ -41,7 +41,14 @@ from causal_forcing.training.loop import (
     time_limit,
     wait_for,
 )
-from causal_forcing.training.model import WINDOW_FRAMES, Generator, add_noise, draw_levels, load_stage, new_generator
+from causal_forcing.training.model import (
+    WINDOW_FRAMES,
+    Generator,
+    add_noise,
+    draw_levels,
+    load_generator,
+    new_generator,
+)
 from causal_forcing.training.teacher_forcing import BlockPass, Layout, Prompts, compiled, predict
 
 SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, warmup=50, decay_from=0.6, ema=0.998)
@@ -55,6 +62,8 @@ DRAWS = 3
 BEGINNINGS, GPU_BEGINNINGS = 32, 384
 """First frames of a step, beside its clips; each is drawn :data:`BEGINNING_DRAWS` times."""
 BEGINNING_DRAWS = 4
+FIRST_FRAMES = "first-frames"
+"""Folder of the run on first frames alone."""
 UNPROMPTED = 0.15
 """Share of first frames whose caption is taken away."""
 COMPILE_LIMIT_S = 60
@@ -111,6 +120,18 @@ class Batch:
             layout=self.layout,
             rotary=generator.rotary,
             block_pass=self.block_pass,
+        )
+
+    def first(self, count: int, *, draws: int) -> Batch:
+        """Return its first clips, with so many noisy copies."""
+        captions = count * len(self.ids) // len(self.clean)
+        return replace(
+            self,
+            clean=self.clean[:count],
+            ids=self.ids[:captions],
+            of_frame=self.of_frame[:count],
+            of_clean=self.of_clean[:count],
+            layout=replace(self.layout, draws=draws),
         )
 
     def unprompted(self, which: Tensor | None = None) -> Batch:
@@ -196,7 +217,7 @@ def load_data(
         word(first, 1),
         *((CLIPS, BEGINNINGS) if cpu else (GPU_CLIPS, GPU_BEGINNINGS)),
         device,
-        None if cpu else compiled(),
+        compiled() if device.compiled else None,
     )
     if wait and warm_up is not None:
         noise = torch.randn(len(data.wordings.ids), 16, latents.CLIP_FRAMES, 8, 8, device=device.torch)
@@ -253,14 +274,29 @@ def objective(generator: Generator, data: Data, layout: Layout, random: StepRand
     clips = velocity_error(generator, data.batch(layout, random), random, data.device)
     if layout.bidirectional or not data.beginnings:
         return {"loss": clips}
-    batch = data.first_frames(random)
-    unprompted = torch.from_numpy(random.numpy.random(len(batch.ids)) < UNPROMPTED).to(batch.ids.device)
-    beginnings = velocity_error(generator, batch.unprompted(unprompted), random, data.device)
+    beginnings = first_frames_error(generator, data, random)
     return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
 
 
-def velocity_error(generator: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
-    """Return the mean squared error of the velocity, 0-dim."""
+def first_frames_error(generator: Generator, data: Data, random: StepRandom) -> Tensor:
+    """Return the velocity error of first frames by themselves, some of them under an empty caption, 0-dim."""
+    batch = data.first_frames(random)
+    unprompted = torch.from_numpy(random.numpy.random(len(batch.ids)) < UNPROMPTED).to(batch.ids.device)
+    return velocity_error(generator, batch.unprompted(unprompted), random, data.device)
+
+
+def velocity_error(
+    generator: Generator, batch: Batch, random: StepRandom, device: Device, history: Tensor | None = None
+) -> Tensor:
+    """Return the mean squared error of the velocity, 0-dim.
+
+    Args:
+        generator: What predicts it.
+        batch: The frames to predict.
+        random: Draws levels and noise.
+        device: What computes.
+        history: ``[B, 16, F, h, w]``: what is read as the past instead of the clean frames.
+    """
     clean, layout = batch.clean, batch.layout
     shape = (len(clean), layout.draws * layout.frames // layout.chunk)
     levels = draw_levels(shape, random.torch, generator.preset.shift)
@@ -269,7 +305,8 @@ def velocity_error(generator: Generator, batch: Batch, random: StepRandom, devic
     sigmas = levels.repeat_interleave(1 if layout.bidirectional else layout.chunk, 1)
     noisy, velocity = add_noise(clean.repeat(1, 1, layout.draws, 1, 1), sigmas, random.torch)
     with device.autocast():
-        guess = batch.velocity(generator, blurred_context(clean, random), noisy, sigmas, batch.prompts(generator))
+        context = blurred_context(clean if history is None else history, random)
+        guess = batch.velocity(generator, context, noisy, sigmas, batch.prompts(generator))
     return (guess - velocity).square().mean()
 
 
@@ -281,11 +318,12 @@ def train(
     seed: int = 4,
     until: int | None = None,
     bidirectional: bool = False,
+    first_frames: bool = False,
     device: Device = CPU,
     wait: bool = False,
     begin: str | None = None,
 ) -> Run:
-    """Train (or go on training) in ``root/ar`` or ``root/bidirectional`` and return the run.
+    """Train (or go on training) in ``root/ar``, ``root/bidirectional`` or ``root/first-frames`` and return the run.
 
     Args:
         root: Training folder.
@@ -294,21 +332,25 @@ def train(
         seed: Source of all randomness.
         until: Step to stop at.
         bidirectional: Whether to train the bidirectional teacher.
+        first_frames: Whether to train on first frames alone, twice as many a step, and to keep the text encoder.
         device: What computes.
         wait: Prepare, then wait for the latents.
         begin: Stage whose averaged weights to begin with, instead of seeded ones.
     """
     generator = new_generator(root, seed, preset, device.torch)
     if begin is not None:
-        generator.load(load_stage(root, begin))
-    folder = root / ("bidirectional" if bidirectional else "ar")
+        generator.load(load_generator(root, begin))
+    generator.encoder.requires_grad_(not first_frames)
+    moving = generator.transformer_parameters if first_frames else generator.parameters
+    folder = root / ("bidirectional" if bidirectional else FIRST_FRAMES if first_frames else "ar")
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
+        if first_frames:
+            return {"loss": first_frames_error(generator, replace(data, beginnings=2 * data.beginnings), random)}
         return objective(generator, data, data.layout(DRAWS, bidirectional=bidirectional), random)
 
-    warm_up = rehearsal(step_loss, generator.parameters, seed)
-    data = load_data(root, generator, device, wait=wait, warm_up=warm_up)
-    run = Run(folder, generator.parameters, schedule, seed)
+    data = load_data(root, generator, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
+    run = Run(folder, moving, schedule, seed)
     run.train(lambda _step, random: step_loss(data, random), until=until)
     return run
 
@@ -317,7 +359,9 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--bidirectional", action="store_true", help="train the bidirectional teacher instead")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--bidirectional", action="store_true", help="train the bidirectional teacher instead")
+    which.add_argument("--first-frames", action="store_true", help="train on first frames alone, the text encoder kept")
     parser.add_argument("--begin", metavar="STAGE", help="begin with the averaged weights of a stage")
     arguments = parser.parse_args()
     device = start_process(arguments)
@@ -325,6 +369,7 @@ def main() -> None:
         arguments.root,
         schedule=chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE),
         bidirectional=arguments.bidirectional,
+        first_frames=arguments.first_frames,
         device=device,
         wait=arguments.wait,
         begin=arguments.begin,

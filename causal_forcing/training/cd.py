@@ -117,7 +117,7 @@ def train(
     teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
     for generator in (teacher, student):
         generator.encoder.requires_grad_(False)
-    moving = {name: value for name, value in student.parameters.items() if name.startswith("transformer.")}
+    moving = student.transformer_parameters
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         return objective(teacher, student, data, data.layout(DRAWS), random)

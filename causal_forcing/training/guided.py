@@ -4,7 +4,8 @@
 
 Classifier-free guidance moves the velocity of a first frame from that without a caption to that with one and beyond.
 Here a copy of the autoregressive teacher learns the guided velocity, so that whoever follows it needs no second pass,
-and goes on learning from the data how frames that have a past go on. Writes ``<root>/guided``, the transformer alone.
+and goes on learning from the data how frames that have a past go on, also after a past that it has made itself. Writes
+``<root>/guided``, the transformer alone.
 
 Source: Meng et al. 2023 (arXiv 2210.03142), the first of its two stages.
 """
@@ -51,6 +52,13 @@ GUIDANCE = 2.0
 FLUSHED = 0.2
 """Share of steps whose frames read few others, as they do after a switch with ``flush``."""
 
+RESAMPLED = 0.5
+"""Share of clips whose frames are predicted from a past that the student has made."""
+RESAMPLED_FROM = 0.8
+"""Highest level of noise from which the student makes it."""
+RESAMPLINGS = 2
+"""Times that the past is made: first from the clips' own frames, then from what the student made of them."""
+
 
 def draw_window(random: StepRandom) -> int:
     """Return how many frames, its own among them, a frame of this step reads: sometimes few, as after a flush."""
@@ -62,9 +70,36 @@ def objective(
     teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom
 ) -> dict[str, Tensor]:
     """Return the student's velocity error: of clips against the data, of first frames against the guided teacher."""
-    clips = velocity_error(student, data.batch(layout, random), random, data.device)
+    batch = data.batch(layout, random)
+    history = resampled(student, batch, random, data.device)
+    clips = velocity_error(student, batch, random, data.device, history)
     beginnings = guided_error(teacher, student, data.first_frames(random), random, data.device)
     return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
+
+
+@torch.no_grad()
+def resampled(student: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
+    """Return the frames of a batch, of some of its clips as the student makes them: its errors are those of a stream.
+
+    Every frame of such a clip is noised to one level and predicted in one step, with the past that a frame has.
+
+    Returns:
+        ``[B, 16, F, h, w]`` float32, no gradient.
+
+    Source: Resampling Forcing (arXiv 2512.15702), in parallel over frames instead of frame by frame.
+    """
+    count = round(RESAMPLED * len(batch.clean))
+    made = batch.first(count, draws=1)
+    clean = history = made.clean
+    level = RESAMPLED_FROM * torch.rand(count, 1, generator=random.torch, device=clean.device)
+    sigmas = level.expand(-1, clean.shape[2])
+    with device.autocast():
+        prompts = made.prompts(student)
+        for _ in range(RESAMPLINGS if count else 0):
+            noisy, _ = add_noise(clean, sigmas, random.torch)
+            velocity = made.velocity(student, history, noisy, sigmas, prompts)
+            history = noisy - level[:, None, :, None, None] * velocity.float()
+    return torch.cat([history, batch.clean[count:]])
 
 
 def guided_error(teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
@@ -90,8 +125,9 @@ def train(
     device: Device = CPU,
     wait: bool = False,
     begin: str = "ar",
+    guide: str = "ar",
 ) -> Run:
-    """Train (or go on training) in ``root/guided`` from ``root/ar`` and return the run.
+    """Train (or go on training) in ``root/guided`` and return the run.
 
     Half of the first frames of the other stages are drawn a step, and twice the clips.
 
@@ -104,11 +140,12 @@ def train(
         device: What computes.
         wait: Prepare, then wait for the teacher.
         begin: Stage whose averaged weights the student begins with.
+        guide: Stage of the teacher of first frames, with the text encoder of ``ar``.
     """
     teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
     for generator in (teacher, student):
         generator.encoder.requires_grad_(False)
-    moving = {name: value for name, value in student.parameters.items() if name.startswith("transformer.")}
+    moving = student.transformer_parameters
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         shares = replace(data, clips=2 * data.clips, beginnings=-(-data.beginnings // 2))
@@ -116,8 +153,8 @@ def train(
 
     data = load_data(root, student, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
     if wait:
-        wait_for(root / "ar")
-    teacher.load(load_generator(root, "ar"))
+        wait_for(root / guide)
+    teacher.load(load_generator(root, guide))
     student.load(load_generator(root, begin))
     run = Run(root / "guided", moving, schedule, seed)
     run.train(lambda _step, random: step_loss(data, random), until=until)
@@ -129,10 +166,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--begin", default="ar", metavar="STAGE", help="whose averaged weights the student begins with")
+    parser.add_argument("--guide", default="ar", metavar="STAGE", help="whose first frames the student follows, guided")
     arguments = parser.parse_args()
     device = start_process(arguments)
-    schedule = chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE)
-    run = train(arguments.root, schedule=schedule, device=device, wait=arguments.wait, begin=arguments.begin)
+    run = train(
+        arguments.root,
+        schedule=chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE),
+        device=device,
+        wait=arguments.wait,
+        begin=arguments.begin,
+        guide=arguments.guide,
+    )
     raise SystemExit(run.exit_status)
 
 

@@ -91,11 +91,13 @@ class Clip:
 def draw_clip(rng: np.random.Generator, *, two_objects: float, frames: int) -> tuple[Clip, tuple[world.Segment, ...]]:
     """Return a random clip of ``frames`` latent frames that holds nothing held out, and what is drawn of it.
 
-    The change falls on the first pixel frame of a latent frame, as a prompt switch does in a stream.
+    The change falls on the first pixel frame of a latent frame, as a prompt switch does in a stream. First frames by
+    themselves show pulsing objects at their largest: a stream that begins so can only go on by shrinking, while one
+    that begins at the middle size may grow or shrink, and a model in doubt does neither.
     """
     scene = world.draw_scene(rng, two_objects=two_objects)
     pixel_frames = 4 * frames - 3
-    segments = world.draw_clip(rng, scene, pixel_frames)
+    segments = world.draw_clip(rng, scene, pixel_frames, widest=frames == 1)
     if frames == 1 or rng.random() >= SWITCH_SHARE:
         return Clip((scene,), frames), segments
     switch = int(rng.integers(2, frames - 1))

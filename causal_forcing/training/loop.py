@@ -43,10 +43,12 @@ class Device:
     Attributes:
         kind: ``cpu`` or ``cuda``.
         bfloat16: Whether matrix products and convolutions run in bfloat16 (weights and sums stay float32).
+        compiled: Whether the generator's blocks are compiled, if they can be.
     """
 
     kind: str = "cpu"
     bfloat16: bool = False
+    compiled: bool = False
 
     @property
     def torch(self) -> torch.device:
@@ -301,6 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the stage's own")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16, which a GPU always does")
+    parser.add_argument("--compile", action="store_true", help="compile the generator, which a GPU always does")
 
 
 def chosen_schedule(arguments: argparse.Namespace, cpu: Schedule, gpu: Schedule) -> Schedule:
@@ -327,7 +330,7 @@ def start_process(arguments: argparse.Namespace) -> Device:
             raise SystemExit("--device cuda: this machine has no CUDA device that PyTorch can use")
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-        return Device("cuda", bfloat16=True)
+        return Device("cuda", bfloat16=True, compiled=True)
     os.nice(19 - os.nice(0))
     (root / "process_group").write_text(f"{os.getpgrp()}\n")
-    return Device(bfloat16=arguments.bfloat16)
+    return Device(bfloat16=arguments.bfloat16, compiled=arguments.compile)

@@ -57,6 +57,11 @@ class Generator:
         named: dict[str, Tensor] = {f"transformer.{n}": p for n, p in self.transformer.named_parameters()}
         return named | {f"text_encoder.{n}": p for n, p in self.encoder.named_parameters()}
 
+    @property
+    def transformer_parameters(self) -> dict[str, Tensor]:
+        """The transformer's parameters by name, for stages that keep the text encoder."""
+        return {name: value for name, value in self.parameters.items() if name.startswith("transformer.")}
+
     def embed(self, ids: Tensor) -> Tensor:
         """Return prompt embeddings ``[N, text_len, text_dim]`` of token ids ``[N, L]``, with gradients."""
         return embed(self.encoder, ids, self.preset.text_encoder.text_len)

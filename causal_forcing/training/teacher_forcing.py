@@ -24,6 +24,7 @@ from torch import Tensor
 
 from causal_forcing.geometry import PATCH
 from causal_forcing.rope import RotaryEmbedding, Rotation, rotate
+from causal_forcing.training.model import WINDOW_FRAMES
 from causal_forcing.transformer import CausalTransformer, TransformerBlock, unpatchify
 
 
@@ -32,7 +33,7 @@ class Layout:
     """Who attends to whom in one pass.
 
     Attributes:
-        frames: Latent frames of a clip.
+        frames: Latent frames of a clip, a multiple of ``chunk``.
         draws: Noisy copies of every frame; 0 for a pass over clean frames alone.
         window: Frames an attention sees, the frame itself included; None for all.
         chunk: Frames generated together; they attend to each other both ways.
@@ -45,22 +46,32 @@ class Layout:
     chunk: int = 1
     bidirectional: bool = False
 
-    def masks(self) -> tuple[Tensor, Tensor]:
-        """Return who attends to whom, True where the row's frame attends to the column's.
+    @property
+    def group(self) -> int:
+        """Frames that attend to each other both ways: a chunk, or all of them."""
+        return self.frames if self.bidirectional else self.chunk
+
+    @property
+    def reach(self) -> int:
+        """How many frames before a group are looked at; of those, :meth:`past` are seen.
+
+        Windows smaller than the model's look as far as it, so that their passes have the same shapes.
+        """
+        furthest = self.frames if self.window is None else max(self.window, WINDOW_FRAMES)
+        return min(furthest, self.frames) - self.group
+
+    def past(self) -> Tensor:
+        """Return which of the frames before a group its frames attend to.
 
         Returns:
-            ``[F, F]``: clean frames to clean frames; ``[F, 2F]``: the noisy frames of a draw to the clean frames and to
-            the frames of the same draw. Draws do not see each other.
+            ``[G, reach]`` bool: for each group, the clean frames that precede it, the oldest first.
         """
-        index = torch.arange(self.frames)
-        row, column = index[:, None] // self.chunk, index[None, :] // self.chunk
-        same, past = row == column, row > column
+        start = self.group * torch.arange(self.frames // self.group)[:, None]
+        index = start - self.reach + torch.arange(self.reach)
+        seen = index >= 0
         if self.window is not None:
-            newest = (index // self.chunk + 1) * self.chunk
-            past = past & (newest[:, None] - index[None, :] <= self.window)
-        if self.bidirectional:
-            past, same = torch.zeros_like(past), torch.ones_like(same)
-        return past | same, torch.cat([past, same], dim=1)
+            seen &= start + self.group - index <= self.window
+        return seen
 
 
 @dataclass(frozen=True)
@@ -109,12 +120,11 @@ def predict(
     times = torch.cat([timesteps.new_zeros(batch, clean.shape[2]), timesteps], dim=1)
     with torch.autocast(latents.device.type, enabled=False):
         embedded, projected = model.embed_time(times.flatten())
-    clean_mask, draw_mask = _token_masks(layout, tokens, latents.device)
     memory = _Memory(
         projected.view(batch, total, 1, 6, -1),
         _rotation(rotary, layout),
-        clean_mask,
-        draw_mask,
+        layout.group * tokens,
+        _past_bias(layout, tokens, latents.device),
         model.text_embedding(prompts.embeds.flatten(1, 2)),
         _prompt_mask(prompts, 1 + layout.draws, tokens),
     )
@@ -128,9 +138,10 @@ def predict(
 
 
 @cache
-def _token_masks(layout: Layout, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    clean, draw = (mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for mask in layout.masks())
-    return clean.to(device), draw.to(device)
+def _past_bias(layout: Layout, tokens: int, device: torch.device) -> Tensor:
+    """Return what is added to the scores of the past, ``[G, 1, 1, reach * T]``: nothing, or minus infinity."""
+    seen = layout.past().repeat_interleave(tokens, 1)
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None].to(device)
 
 
 @cache
@@ -144,8 +155,8 @@ class _Memory:
 
     projected: Tensor  # [B, S, 1, 6, D]
     rotation: Rotation
-    clean_mask: Tensor  # [F*T, F*T]
-    draw_mask: Tensor  # [F*T, 2*F*T]
+    group: int  # n, tokens of the frames that attend to each other both ways
+    past_bias: Tensor  # [G, 1, 1, m], of the m tokens before each of G groups
     text: Tensor  # [B, P*text_len, D]
     text_mask: Tensor | None  # [B, 1, S*T, P*text_len]
 
@@ -171,21 +182,30 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _self_attend(q: Tensor, k: Tensor, v: Tensor, memory: _Memory) -> Tensor:
-    """Return the output of a whole pass: each draw reads the clean frames and itself."""
-    batch, rows = q.shape[0], memory.clean_mask.shape[0]
-    clean = _attend(q[:, :rows], k[:, :rows], v[:, :rows], memory.clean_mask)
-    draws = q.shape[1] // rows - 1
-    if not draws:
-        return clean
+    """Return the output of a whole pass, ``[B, S*T, D]``: each group reads the clean frames before it, and itself.
 
-    def with_clean(part: Tensor) -> Tensor:
-        own = part[:, rows:].reshape(batch, draws, rows, *part.shape[2:])
-        shared = part[:, None, :rows].expand_as(own)
-        return torch.cat([shared, own], dim=2).flatten(0, 1)
+    The clean frames are one more copy beside the draws. All copies of a group read the same past.
+    """
+    groups, past = memory.past_bias.shape[0], memory.past_bias.shape[-1]
+    clean = groups * memory.group
 
-    queries = q[:, rows:].reshape(batch * draws, rows, *q.shape[2:])
-    noisy = _attend(queries, with_clean(k), with_clean(v), memory.draw_mask)
-    return torch.cat([clean, noisy.reshape(batch, draws * rows, -1)], dim=1)
+    def by_group(part: Tensor) -> Tensor:  # [B, G, H, copies, n, D/H]
+        return part.view(len(part), -1, groups, memory.group, *part.shape[2:]).permute(0, 2, 4, 1, 3, 5)
+
+    def before_group(part: Tensor) -> Tensor:  # [B, G, H, m, D/H]
+        windows = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).unfold(1, past, memory.group)
+        return windows[:, :groups].transpose(-1, -2)
+
+    queries, keys, values = (by_group(part) for part in (q * q.shape[-1] ** -0.5, k, v))
+    own = queries @ keys.transpose(-1, -2)
+    if not past:
+        out = own.softmax(-1) @ values
+    else:
+        earlier = queries.flatten(3, 4) @ before_group(k).transpose(-1, -2) + memory.past_bias
+        scores = torch.cat([earlier.view(*own.shape[:-1], past), own], dim=-1)
+        of_past, of_own = torch.split(scores.softmax(-1).to(v.dtype), [past, memory.group], dim=-1)
+        out = (of_past.flatten(3, 4) @ before_group(v)).view_as(queries) + of_own @ values
+    return out.permute(0, 3, 1, 4, 2, 5).flatten(1, 3).flatten(2)
 
 
 def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:

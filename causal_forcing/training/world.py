@@ -254,10 +254,18 @@ def draw_scene(rng: np.random.Generator, *, two_objects: float = 0.0, held_out: 
     return Scene(str(rng.choice(BACKGROUNDS)), tuple(things))
 
 
-def draw_placement(rng: np.random.Generator, thing: Thing) -> Placement:
-    """Return a random start on the grid; objects that stay near it start where all of their path is on the screen."""
+def draw_placement(rng: np.random.Generator, thing: Thing, *, widest: bool = False) -> Placement:
+    """Return a random start on the grid; objects that stay near it start where all of their path is on the screen.
+
+    Args:
+        rng: Source of randomness; advanced.
+        thing: What is placed.
+        widest: Whether an object that pulses starts at its largest instead of at any phase.
+    """
     while True:
         phase = float(rng.uniform(0, 2 * math.pi))
+        if widest and thing.motion == "pulsing":
+            phase = math.pi / 2
         low, high = _start_area(thing, phase)
         first, last = np.ceil(low / PLACE_GRID), np.floor(high / PLACE_GRID)
         if np.all(first <= last):
@@ -284,9 +292,9 @@ def _start_area(thing: Thing, phase: float) -> tuple[FloatArray, FloatArray]:
     return low, high
 
 
-def draw_clip(rng: np.random.Generator, scene: Scene, frames: int) -> tuple[Segment, ...]:
-    """Return a clip of one scene with random placements; advances ``rng``."""
-    return (Segment(scene, frames, tuple(draw_placement(rng, thing) for thing in scene.things)),)
+def draw_clip(rng: np.random.Generator, scene: Scene, frames: int, *, widest: bool = False) -> tuple[Segment, ...]:
+    """Return a clip of one scene with placements of :func:`draw_placement`; advances ``rng``."""
+    return (Segment(scene, frames, tuple(draw_placement(rng, thing, widest=widest) for thing in scene.things)),)
 
 
 def switch(segment: Segment, scene: Scene, frames: int) -> Segment:

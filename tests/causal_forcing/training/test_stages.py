@@ -96,19 +96,25 @@ def stages(root):
         "bidirectional": lambda folder, until: ar.train(
             folder, preset=PRESET, schedule=SCHEDULE, until=until, bidirectional=True
         ),
+        "first-frames": lambda folder, until: ar.train(
+            folder, preset=PRESET, schedule=SCHEDULE, until=until, first_frames=True, begin="ar"
+        ),
         "guided": lambda folder, until: guided.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
         "cd": lambda folder, until: cd.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
     }
 
 
-@pytest.mark.parametrize("stage", ["vae", "lightvae", "ar", "bidirectional", "guided", "cd"])
+EARLIER = {"first-frames": ["ar"], "guided": ["ar"], "cd": ["ar", "guided"]}
+
+
+@pytest.mark.parametrize("stage", ["vae", "lightvae", "ar", "bidirectional", "first-frames", "guided", "cd"])
 def test_a_stage_resumes_bit_for_bit(root, tmp_path, stage):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
         if stage != "vae":
             branch(root, folder)
-        for earlier in {"guided": ["ar"], "cd": ["ar", "guided"]}.get(stage, []):
+        for earlier in EARLIER.get(stage, []):
             stages(root)[earlier](folder, 2)
     train = stages(root)[stage]
     train(whole, None)
@@ -238,6 +244,43 @@ def test_the_guided_copy_goes_on_learning_from_the_data(root, tmp_path):
     before = clips()
     student.load(student.parameters | run.parameters)
     assert clips() < before
+
+
+def test_the_teacher_goes_on_with_first_frames_alone(root, tmp_path):
+    branch(root, tmp_path)
+    ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE)
+    generator = model.new_generator(tmp_path, 5, PRESET)
+    data = ar.load_data(tmp_path, generator, CPU)
+
+    def first_frames(tensors):
+        generator.load(tensors)
+        with torch.no_grad():
+            return float(ar.first_frames_error(generator, data, step_rng(1, UNSEEN)))
+
+    long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2)
+    run = ar.train(tmp_path, preset=PRESET, schedule=long, first_frames=True, begin="ar")
+    assert not any(name.startswith("text_encoder.") for name in run.parameters)
+    before = model.load_generator(tmp_path, "ar")
+    assert first_frames(before | run.parameters) < first_frames(before)
+    guided.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1, guide="first-frames")
+    (tmp_path / "first-frames" / "ema.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        guided.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=2, guide="first-frames")
+
+
+def test_half_of_the_clips_follow_a_past_that_the_student_has_made(root, monkeypatch):
+    student = model.new_generator(root, 5, PRESET)
+    torch.nn.init.normal_(student.transformer.head.head.weight, generator=torch.Generator().manual_seed(1))
+    data = dataclasses.replace(ar.load_data(root, student, CPU), clips=4)
+    batch = data.batch(data.layout(2), step_rng(1, 0))
+    history = guided.resampled(student, batch, step_rng(1, 1), CPU)
+    changed = (history != batch.clean).flatten(1).any(1)
+    assert changed.tolist() == [True, True, False, False]
+    assert not history.requires_grad
+    own, made = (ar.velocity_error(student, batch, step_rng(1, 2), CPU, past).item() for past in (batch.clean, history))
+    assert own == ar.velocity_error(student, batch, step_rng(1, 2), CPU).item() != made
+    monkeypatch.setattr(guided, "RESAMPLED_FROM", 0.0)
+    assert torch.equal(guided.resampled(student, batch, step_rng(1, 1), CPU), batch.clean)
 
 
 def test_some_steps_read_few_frames_as_after_a_flush():

@@ -117,10 +117,34 @@ def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
 
 @torch.no_grad()
 def test_bidirectional_frames_see_all_of_their_draw_and_nothing_else(model):
-    clean_to_clean, draw_to_all = Layout(3, 2, bidirectional=True).masks()
-    assert clean_to_clean.all()
-    assert not draw_to_all[:, :3].any()
-    assert draw_to_all[:, 3:].all()
+    torch.manual_seed(5)
+    layout = Layout(3, 2, bidirectional=True)
+    clean, noisy = torch.randn(GEOMETRY.latent_shape(3)), torch.randn(GEOMETRY.latent_shape(6))
+    prompts = Prompts(torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, 3).long())
+    rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
+    timesteps = torch.full((1, 6), 500.0)
+
+    def velocities():
+        return predict(model, clean, noisy, timesteps, prompts, layout=layout, rotary=rotary)
+
+    before = velocities()
+    clean += 1
+    assert torch.equal(before, velocities())
+    noisy[:, :, 2] += 1
+    after = velocities()
+    assert not torch.allclose(before[:, :, 0], after[:, :, 0])
+    assert torch.equal(before[:, :, 3:], after[:, :, 3:])
+
+
+def test_smaller_windows_have_the_same_shapes_and_see_less():
+    whole, small = Layout(16, 1, window=8), Layout(16, 1, window=3)
+    assert small.past().shape == whole.past().shape == (16, 7)
+    assert whole.past()[7:].all()
+    assert whole.past().sum(1)[:8].tolist() == [*range(8)]
+    assert small.past().sum(1).tolist() == [0, 1] + [2] * 14
+    assert small.past()[2:, -2:].all()
+    chunked = Layout(12, 1, window=9, chunk=3)
+    assert chunked.past().sum(1).tolist() == [0, 3, 6, 6]
 
 
 @torch.no_grad()
