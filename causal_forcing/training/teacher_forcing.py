@@ -8,7 +8,7 @@ a test holds every output equal to the cached inference path.
 Shapes: latents ``[B, 16, F, h, w]``, tokens ``[B, L, D]``, heads ``[B, H, L, D]``; a pass has
 ``S = (1 + draws) * F`` frames.
 
-Source: Causal Forcing (arXiv 2602.02214), section on teacher forcing; the mask is that of CausVid and Self-Forcing's
+Source: Causal Forcing (arXiv 2602.02214), section on teacher forcing; who sees whom is as in Self-Forcing's
 ``_prepare_teacher_forcing_mask``.
 """
 
