@@ -6,9 +6,9 @@ Every frame is denoised from the clean frames before it (Causal Forcing's first 
 clean clip. What an object looks like is decided in a clip's first frame alone, so a batch of first frames by themselves
 is added to every step; some of them without a caption, which the distillation's guidance needs. The text encoder is
 trained along.
-With ``--bidirectional`` the same budget trains a teacher whose frames
-see each other both ways, for the comparison with Self-Forcing's initialisation. Writes ``<root>/ar`` (or
-``<root>/bidirectional``).
+With ``--first-frames`` a finished teacher goes on with first frames alone, its text encoder kept. With
+``--bidirectional`` the same budget trains a teacher whose frames see each other both ways, for the comparison with
+Self-Forcing's initialisation. Writes ``<root>/ar`` (or ``<root>/first-frames`` or ``<root>/bidirectional``).
 
 Source: Causal Forcing (arXiv 2602.02214).
 """
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ from causal_forcing.training.model import (
 )
 from causal_forcing.training.teacher_forcing import BlockPass, Layout, Prompts, compiled, predict
 
+Stage = Literal["ar", "bidirectional", "first-frames"]
+"""Teachers of this module, by the folders that they are in."""
+
 SCHEDULE = Schedule(steps=6000, learning_rate=2e-3, warmup=50, decay_from=0.6, ema=0.998)
 GPU_SCHEDULE = Schedule(
     steps=20_000, learning_rate=2e-3, warmup=100, decay_from=0.5, save_every=2000, ema=0.998, budget_s=110
@@ -62,8 +66,8 @@ DRAWS = 3
 BEGINNINGS, GPU_BEGINNINGS = 32, 384
 """First frames of a step, beside its clips; each is drawn :data:`BEGINNING_DRAWS` times."""
 BEGINNING_DRAWS = 4
-FIRST_FRAMES = "first-frames"
-"""Folder of the run on first frames alone."""
+MORE_BEGINNINGS = 2
+"""How many times as many first frames a step has that has nothing else."""
 UNPROMPTED = 0.15
 """Share of first frames whose caption is taken away."""
 COMPILE_LIMIT_S = 60
@@ -122,8 +126,8 @@ class Batch:
             block_pass=self.block_pass,
         )
 
-    def first(self, count: int, *, draws: int) -> Batch:
-        """Return its first clips, with so many noisy copies."""
+    def leading(self, count: int, *, draws: int) -> Batch:
+        """Return so many of its clips, with so many noisy copies of each."""
         captions = count * len(self.ids) // len(self.clean)
         return replace(
             self,
@@ -317,13 +321,12 @@ def train(
     schedule: Schedule = SCHEDULE,
     seed: int = 4,
     until: int | None = None,
-    bidirectional: bool = False,
-    first_frames: bool = False,
+    stage: Stage = "ar",
     device: Device = CPU,
     wait: bool = False,
     begin: str | None = None,
 ) -> Run:
-    """Train (or go on training) in ``root/ar``, ``root/bidirectional`` or ``root/first-frames`` and return the run.
+    """Train (or go on training) in the folder of a stage and return the run.
 
     Args:
         root: Training folder.
@@ -331,26 +334,26 @@ def train(
         schedule: Length and learning rate.
         seed: Source of all randomness.
         until: Step to stop at.
-        bidirectional: Whether to train the bidirectional teacher.
-        first_frames: Whether to train on first frames alone, twice as many a step, and to keep the text encoder.
+        stage: Which teacher: ``first-frames`` is ``ar`` after first frames alone, with the text encoder of ``ar``.
         device: What computes.
         wait: Prepare, then wait for the latents.
-        begin: Stage whose averaged weights to begin with, instead of seeded ones.
+        begin: Stage whose averaged weights to begin with, instead of seeded ones (``first-frames``: those of ``ar``).
     """
     generator = new_generator(root, seed, preset, device.torch)
-    if begin is not None:
-        generator.load(load_generator(root, begin))
+    first_frames = stage == "first-frames"
+    if begin or first_frames:
+        generator.load(load_generator(root, begin or "ar"))
     generator.encoder.requires_grad_(not first_frames)
     moving = generator.transformer_parameters if first_frames else generator.parameters
-    folder = root / ("bidirectional" if bidirectional else FIRST_FRAMES if first_frames else "ar")
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         if first_frames:
-            return {"loss": first_frames_error(generator, replace(data, beginnings=2 * data.beginnings), random)}
-        return objective(generator, data, data.layout(DRAWS, bidirectional=bidirectional), random)
+            more = replace(data, beginnings=MORE_BEGINNINGS * data.beginnings)
+            return {"loss": first_frames_error(generator, more, random)}
+        return objective(generator, data, data.layout(DRAWS, bidirectional=stage == "bidirectional"), random)
 
     data = load_data(root, generator, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
-    run = Run(folder, moving, schedule, seed)
+    run = Run(root / stage, moving, schedule, seed)
     run.train(lambda _step, random: step_loss(data, random), until=until)
     return run
 
@@ -358,18 +361,20 @@ def train(
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, compiles=True)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--bidirectional", action="store_true", help="train the bidirectional teacher instead")
-    which.add_argument("--first-frames", action="store_true", help="train on first frames alone, the text encoder kept")
+    for stage, words in (
+        ("bidirectional", "train the bidirectional teacher instead"),
+        ("first-frames", "go on from ar with first frames alone, the text encoder kept"),
+    ):
+        which.add_argument(f"--{stage}", dest="stage", action="store_const", const=stage, default="ar", help=words)
     parser.add_argument("--begin", metavar="STAGE", help="begin with the averaged weights of a stage")
     arguments = parser.parse_args()
     device = start_process(arguments)
     run = train(
         arguments.root,
         schedule=chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE),
-        bidirectional=arguments.bidirectional,
-        first_frames=arguments.first_frames,
+        stage=arguments.stage,
         device=device,
         wait=arguments.wait,
         begin=arguments.begin,

@@ -136,7 +136,7 @@ def train(
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, compiles=True)
     parser.add_argument(
         "--teacher", choices=("guided", "ar", "bidirectional"), default="guided", help="which teacher to distil"
     )

@@ -50,9 +50,8 @@ def export(root: Path, output: Path, *, stage: str = "cd") -> int:
         save_file(tensors, output / f"{part}.safetensors")
     shutil.copyfile(root / "text" / "tokenizer.json", output / "tokenizer.json")
     summary = json.loads((root / "latents" / "index.json").read_text())
-    present = [
-        name for name in ("vae", "lightvae", "ar", "guided", stage) if (root / name / "ema.safetensors").exists()
-    ]
+    stages = ("vae", "lightvae", "ar", "first-frames", "guided", stage)
+    present = [name for name in stages if (root / name / "ema.safetensors").exists()]
     summary["steps"] = {name: int(read_metadata(root / name / "ema.safetensors")["step"]) for name in present}
     (output / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
     return total

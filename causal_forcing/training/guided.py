@@ -13,6 +13,7 @@ Source: Meng et al. 2023 (arXiv 2210.03142), the first of its two stages.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,14 +89,14 @@ def resampled(student: Generator, batch: Batch, random: StepRandom, device: Devi
 
     Source: Resampling Forcing (arXiv 2512.15702), in parallel over frames instead of frame by frame.
     """
-    count = round(RESAMPLED * len(batch.clean))
-    made = batch.first(count, draws=1)
+    count = math.ceil(RESAMPLED * len(batch.clean))
+    made = batch.leading(count, draws=1)
     clean = history = made.clean
     level = RESAMPLED_FROM * torch.rand(count, 1, generator=random.torch, device=clean.device)
     sigmas = level.expand(-1, clean.shape[2])
     with device.autocast():
         prompts = made.prompts(student)
-        for _ in range(RESAMPLINGS if count else 0):
+        for _ in range(RESAMPLINGS):
             noisy, _ = add_noise(clean, sigmas, random.torch)
             velocity = made.velocity(student, history, noisy, sigmas, prompts)
             history = noisy - level[:, None, :, None, None] * velocity.float()
@@ -164,7 +165,7 @@ def train(
 def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    add_arguments(parser, compiles=True)
     parser.add_argument("--begin", default="ar", metavar="STAGE", help="whose averaged weights the student begins with")
     parser.add_argument("--guide", default="ar", metavar="STAGE", help="whose first frames the student follows, guided")
     arguments = parser.parse_args()

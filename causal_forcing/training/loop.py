@@ -293,8 +293,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     part.replace(path)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every stage has."""
+def add_arguments(parser: argparse.ArgumentParser, *, compiles: bool = False) -> None:
+    """Add the options that every stage has, and that of a stage which ``compiles`` the generator."""
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--wait", action="store_true", help="prepare, then wait for the stage before")
@@ -303,7 +303,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the stage's own")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16, which a GPU always does")
-    parser.add_argument("--compile", action="store_true", help="compile the generator, which a GPU always does")
+    if compiles:
+        parser.add_argument("--compile", action="store_true", help="compile the generator, which a GPU always does")
+    else:
+        parser.set_defaults(compile=False)
 
 
 def chosen_schedule(arguments: argparse.Namespace, cpu: Schedule, gpu: Schedule) -> Schedule:

@@ -58,7 +58,7 @@ class Layout:
         Windows smaller than the model's look as far as it, so that their passes have the same shapes.
         """
         furthest = self.frames if self.window is None else max(self.window, WINDOW_FRAMES)
-        return min(furthest, self.frames) - self.group
+        return max(0, min(furthest, self.frames) - self.group)
 
     def past(self) -> Tensor:
         """Return which of the frames before a group its frames attend to.

@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,8 +18,8 @@ from causal_forcing.config import TextEncoderConfig, TransformerConfig, VaeConfi
 from causal_forcing.engine import Engine
 from causal_forcing.presets import get_preset
 from causal_forcing.tokenizer import END_ID, PAD_ID, FileTokenizer
-from causal_forcing.training import ar, cd, evaluation, export, guided, latents, lightvae, model, vae
-from causal_forcing.training.loop import CPU, Device, Run, Schedule, read_log, step_rng
+from causal_forcing.training import ar, cd, evaluation, export, guided, latents, lightvae, model, vae, world
+from causal_forcing.training.loop import CPU, Device, Run, Schedule, add_arguments, read_log, step_rng
 from causal_forcing.training.optimizer import Optimizer, orthogonalise
 from causal_forcing.training.text import train_tokenizer
 
@@ -94,10 +96,10 @@ def stages(root):
         ),
         "ar": lambda folder, until: ar.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
         "bidirectional": lambda folder, until: ar.train(
-            folder, preset=PRESET, schedule=SCHEDULE, until=until, bidirectional=True
+            folder, preset=PRESET, schedule=SCHEDULE, until=until, stage="bidirectional"
         ),
         "first-frames": lambda folder, until: ar.train(
-            folder, preset=PRESET, schedule=SCHEDULE, until=until, first_frames=True, begin="ar"
+            folder, preset=PRESET, schedule=SCHEDULE, until=until, stage="first-frames"
         ),
         "guided": lambda folder, until: guided.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
         "cd": lambda folder, until: cd.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
@@ -155,8 +157,8 @@ def test_the_light_vae_learns_the_latents_of_the_large_one(root, tmp_path):
     assert loss(run(None).parameters) < 0.9 * start
 
 
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_the_generator_learns(root, tmp_path, bidirectional):
+@pytest.mark.parametrize("stage", ["ar", "bidirectional"])
+def test_the_generator_learns(root, tmp_path, stage):
     branch(root, tmp_path)
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2)
     generator = model.new_generator(tmp_path, 4, PRESET)
@@ -164,12 +166,12 @@ def test_the_generator_learns(root, tmp_path, bidirectional):
 
     def loss(run):
         generator.load(run.parameters)
-        layout = data.layout(2, bidirectional=bidirectional)
+        layout = data.layout(2, bidirectional=stage == "bidirectional")
         with torch.no_grad():
             return float(ar.objective(generator, data, layout, step_rng(1, UNSEEN))["loss"])
 
-    start = loss(ar.train(tmp_path, preset=PRESET, schedule=long, until=0, bidirectional=bidirectional))
-    assert loss(ar.train(tmp_path, preset=PRESET, schedule=long, bidirectional=bidirectional)) < 0.95 * start
+    start = loss(ar.train(tmp_path, preset=PRESET, schedule=long, until=0, stage=stage))
+    assert loss(ar.train(tmp_path, preset=PRESET, schedule=long, stage=stage)) < 0.95 * start
 
 
 def empty_captions(ids):
@@ -258,7 +260,7 @@ def test_the_teacher_goes_on_with_first_frames_alone(root, tmp_path):
             return float(ar.first_frames_error(generator, data, step_rng(1, UNSEEN)))
 
     long = dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2)
-    run = ar.train(tmp_path, preset=PRESET, schedule=long, first_frames=True, begin="ar")
+    run = ar.train(tmp_path, preset=PRESET, schedule=long, stage="first-frames")
     assert not any(name.startswith("text_encoder.") for name in run.parameters)
     before = model.load_generator(tmp_path, "ar")
     assert first_frames(before | run.parameters) < first_frames(before)
@@ -279,6 +281,19 @@ def test_half_of_the_clips_follow_a_past_that_the_student_has_made(root, monkeyp
     assert not history.requires_grad
     own, made = (ar.velocity_error(student, batch, step_rng(1, 2), CPU, past).item() for past in (batch.clean, history))
     assert own == ar.velocity_error(student, batch, step_rng(1, 2), CPU).item() != made
+    read = []
+
+    def velocity(self, generator, context, *arguments):
+        read.append(context)
+        return torch.ones_like(context)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ar.Batch, "velocity", velocity)
+        last = guided.resampled(student, batch, step_rng(1, 1), CPU)
+    assert len(read) == guided.RESAMPLINGS == 2
+    assert torch.equal(read[0], batch.clean[:2])
+    for before, after in ((read[0], read[1]), (read[1], last[:2])):
+        assert not torch.allclose(before, after, atol=1e-2)
     monkeypatch.setattr(guided, "RESAMPLED_FROM", 0.0)
     assert torch.equal(guided.resampled(student, batch, step_rng(1, 1), CPU), batch.clean)
 
@@ -287,6 +302,45 @@ def test_some_steps_read_few_frames_as_after_a_flush():
     windows = [guided.draw_window(step_rng(1, step)) for step in range(400)]
     assert {window for window in windows if window != model.WINDOW_FRAMES} == set(range(2, model.WINDOW_FRAMES))
     assert 0.1 < sum(window != model.WINDOW_FRAMES for window in windows) / 400 < 0.3
+
+
+def test_a_compiled_pass_gives_the_same_loss(root, monkeypatch):
+    traced = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)  # without a minute of C++
+    monkeypatch.setattr(torch, "compile", traced)
+    generator = model.new_generator(root, 5, PRESET)
+    torch.nn.init.normal_(generator.transformer.head.head.weight, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for device in (CPU, Device(compiled=True)):
+        data = ar.load_data(root, generator, device)
+        assert (data.block_pass is not None) == device.compiled
+        random = step_rng(1, UNSEEN)
+        with torch.no_grad():
+            losses.append(ar.velocity_error(generator, data.batch(data.layout(2), random), random, device).item())
+    torch.compiler.reset()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_only_stages_that_train_the_generator_can_compile():
+    for compiles in (False, True):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser, compiles=compiles)
+        assert not parser.parse_args([]).compile
+        assert ("--compile" in parser.format_help()) == compiles
+
+
+def test_first_frames_show_what_pulses_at_its_largest():
+    rng = np.random.default_rng(1)
+    phases = {1: set(), 16: set()}
+    for frames, found in phases.items():
+        for _ in range(60):
+            clip, (first, *_) = latents.draw_clip(rng, two_objects=0.3, frames=frames)
+            for thing, start in zip(clip.scenes[0].things, first.placements, strict=True):
+                if thing.motion == "pulsing":
+                    found.add(start.phase)
+                    if frames == 1:
+                        assert world.path("pulsing", start, 1)[0, 2] == pytest.approx(1 + world.PULSE_DEPTH)
+    assert len(phases[1]) == 1
+    assert len(phases[16]) > 1
 
 
 def test_bfloat16_is_for_products_alone(root):

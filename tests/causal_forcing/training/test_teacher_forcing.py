@@ -115,14 +115,15 @@ def test_a_noisy_frame_does_not_see_its_own_clean_frame(model):
     assert not torch.allclose(before[:, :, 4:], after[:, :, 4:])
 
 
+@pytest.mark.parametrize("frames", [3, 16])
 @torch.no_grad()
-def test_bidirectional_frames_see_all_of_their_draw_and_nothing_else(model):
+def test_bidirectional_frames_see_all_of_their_draw_and_nothing_else(model, frames):
     torch.manual_seed(5)
-    layout = Layout(3, 2, bidirectional=True)
-    clean, noisy = torch.randn(GEOMETRY.latent_shape(3)), torch.randn(GEOMETRY.latent_shape(6))
-    prompts = Prompts(torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, 3).long())
+    layout = Layout(frames, 2, window=8, bidirectional=True)
+    clean, noisy = torch.randn(GEOMETRY.latent_shape(frames)), torch.randn(GEOMETRY.latent_shape(2 * frames))
+    prompts = Prompts(torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, frames).long())
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
-    timesteps = torch.full((1, 6), 500.0)
+    timesteps = torch.full((1, 2 * frames), 500.0)
 
     def velocities():
         return predict(model, clean, noisy, timesteps, prompts, layout=layout, rotary=rotary)
@@ -130,10 +131,10 @@ def test_bidirectional_frames_see_all_of_their_draw_and_nothing_else(model):
     before = velocities()
     clean += 1
     assert torch.equal(before, velocities())
-    noisy[:, :, 2] += 1
+    noisy[:, :, frames - 1] += 1
     after = velocities()
     assert not torch.allclose(before[:, :, 0], after[:, :, 0])
-    assert torch.equal(before[:, :, 3:], after[:, :, 3:])
+    assert torch.equal(before[:, :, frames:], after[:, :, frames:])
 
 
 def test_smaller_windows_have_the_same_shapes_and_see_less():
