@@ -211,6 +211,18 @@ def test_some_clips_are_read_under_their_last_caption(root):
     assert not (recached & ~switched).any()
 
 
+def test_clips_whose_objects_bounce_or_circle_are_drawn_more_often(root):
+    generator = model.new_generator(root, 4, PRESET)
+    data = ar.load_data(root, generator, CPU)
+    clips = latents.load(root / "latents").clips
+    numbers = torch.arange(len(clips)).view(-1, 1, 1).expand(-1, 1, 5)
+    drawn = dataclasses.replace(data, values=numbers, clips=5000).batch(data.layout(1), step_rng(1, 0)).clean[:, 0, 0]
+    motions = [{thing.motion for scene in clip.scenes for thing in scene.things} for clip in clips]
+    wanted = np.array([6 if "circling" in found else 3 if "bouncing" in found else 1 for found in motions])
+    assert set(wanted) == {1, 3, 6}
+    assert np.bincount(drawn, minlength=len(clips)) / 5000 == pytest.approx(wanted / wanted.sum(), abs=0.02)
+
+
 def test_a_copy_of_the_teacher_is_asked_for_more_of_what_the_caption_changes(root, tmp_path, monkeypatch):
     branch(root, tmp_path)
     ar.train(tmp_path, preset=PRESET, schedule=dataclasses.replace(SCHEDULE, steps=16, learning_rate=1e-2))
