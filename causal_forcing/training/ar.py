@@ -77,7 +77,7 @@ COMPILE_LIMIT_S = 60
 ODDS = {"circling": 6.0, "bouncing": 3.0}
 """How many times as often as others clips with such motions are drawn.
 
-They move differently in every frame, and what circles stands anywhere within its tokens: there shapes are learnt last.
+They move differently in every frame, and theirs is the largest error by far.
 """
 RECACHED = 0.25
 """Share of clips whose context is read under the last caption throughout, as after a switch with ``recache``."""
