@@ -88,16 +88,17 @@ class Clip:
         return cls(scenes, int(data["switch"]))
 
 
-def draw_clip(rng: np.random.Generator, *, two_objects: float, frames: int) -> tuple[Clip, tuple[world.Segment, ...]]:
+def draw_clip(
+    rng: np.random.Generator, *, two_objects: float, frames: int, opening: bool
+) -> tuple[Clip, tuple[world.Segment, ...]]:
     """Return a random clip of ``frames`` latent frames that holds nothing held out, and what is drawn of it.
 
-    The change falls on the first pixel frame of a latent frame, as a prompt switch does in a stream. First frames by
-    themselves show pulsing objects at their largest: a stream that begins so can only go on by shrinking, while one
-    that begins at the middle size may grow or shrink, and a model in doubt does neither.
+    The change falls on the first pixel frame of a latent frame, as a prompt switch does in a stream. An ``opening``
+    begins at the phases at which streams begin (:data:`~causal_forcing.training.world.OPENING_PHASES`).
     """
     scene = world.draw_scene(rng, two_objects=two_objects)
     pixel_frames = 4 * frames - 3
-    segments = world.draw_clip(rng, scene, pixel_frames, widest=frames == 1)
+    segments = world.draw_clip(rng, scene, pixel_frames, opening=opening)
     if frames == 1 or rng.random() >= SWITCH_SHARE:
         return Clip((scene,), frames), segments
     switch = int(rng.integers(2, frames - 1))
@@ -116,9 +117,16 @@ class Shard:
 
     @classmethod
     def of(cls, seed: int, index: int, *, frames: int, two_objects: float) -> Shard:
-        """Return the shard of a number, of clips of so many latent frames."""
+        """Return the shard of a number, of clips of so many latent frames.
+
+        First frames by themselves and the clips of every other shard are openings, the rest begin at any phase.
+        """
         rng = step_rng(seed, index).numpy
-        made = [draw_clip(rng, two_objects=two_objects, frames=frames) for _ in range(SHARD_FRAMES // frames)]
+        opening = frames == 1 or index % 2 == 1
+        made = [
+            draw_clip(rng, two_objects=two_objects, frames=frames, opening=opening)
+            for _ in range(SHARD_FRAMES // frames)
+        ]
         return cls(tuple(clip for clip, _ in made), drawing.Pictures.of([segments for _, segments in made]))
 
     @property

@@ -51,6 +51,13 @@ CIRCLE_RADIUS = 12.0
 BOUNCE_HEIGHT = 20.0
 PULSE_DEPTH = 0.3
 
+OPENING_PHASES = {"bouncing": 0.0, "circling": 0.0, "pulsing": math.pi / 2}
+"""Phases in radians at which streams begin: lowest, rightmost, largest.
+
+A first picture alone then tells how its object goes on. One of any phase would leave several ways, and a model in doubt
+draws something in between.
+"""
+
 PLACE_GRID = 16
 """Objects begin with their centre on a multiple of this, in pixels: the side of a token.
 
@@ -254,18 +261,18 @@ def draw_scene(rng: np.random.Generator, *, two_objects: float = 0.0, held_out: 
     return Scene(str(rng.choice(BACKGROUNDS)), tuple(things))
 
 
-def draw_placement(rng: np.random.Generator, thing: Thing, *, widest: bool = False) -> Placement:
+def draw_placement(rng: np.random.Generator, thing: Thing, *, opening: bool = False) -> Placement:
     """Return a random start on the grid; objects that stay near it start where all of their path is on the screen.
 
     Args:
         rng: Source of randomness; advanced.
         thing: What is placed.
-        widest: Whether an object that pulses starts at its largest instead of at any phase.
+        opening: Whether a periodic motion starts at its phase of ``OPENING_PHASES`` instead of at any.
     """
     while True:
         phase = float(rng.uniform(0, 2 * math.pi))
-        if widest and thing.motion == "pulsing":
-            phase = math.pi / 2
+        if opening:
+            phase = OPENING_PHASES.get(thing.motion, phase)
         low, high = _start_area(thing, phase)
         first, last = np.ceil(low / PLACE_GRID), np.floor(high / PLACE_GRID)
         if np.all(first <= last):
@@ -292,9 +299,9 @@ def _start_area(thing: Thing, phase: float) -> tuple[FloatArray, FloatArray]:
     return low, high
 
 
-def draw_clip(rng: np.random.Generator, scene: Scene, frames: int, *, widest: bool = False) -> tuple[Segment, ...]:
+def draw_clip(rng: np.random.Generator, scene: Scene, frames: int, *, opening: bool = False) -> tuple[Segment, ...]:
     """Return a clip of one scene with placements of :func:`draw_placement`; advances ``rng``."""
-    return (Segment(scene, frames, tuple(draw_placement(rng, thing, widest=widest) for thing in scene.things)),)
+    return (Segment(scene, frames, tuple(draw_placement(rng, thing, opening=opening) for thing in scene.things)),)
 
 
 def switch(segment: Segment, scene: Scene, frames: int) -> Segment:
