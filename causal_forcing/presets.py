@@ -1,4 +1,4 @@
-"""Every model this engine runs, by name, as one literal table.
+"""Every model this engine runs, by name, as one table.
 
 A preset says what the weights are (sizes that a checkpoint fixes), how the model was trained to be sampled (chunk,
 steps, window), and where the files come from. What one user asks for is a
@@ -7,9 +7,11 @@ steps, window), and where the files come from. What one user asks for is a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -227,22 +229,12 @@ def _files(transformer: CheckpointFile, lora: CheckpointFile | None = None) -> P
     return PresetFiles(transformer, lora, _TEXT_ENCODER, _TOKENIZER, _VAE_FILES)
 
 
-EMBEDDED_LATENT_MEAN = (
-    -0.195662, -0.116070, 0.008285, 0.008718, -0.136293, -0.036566, 0.072134, 0.120181,
-    0.056899, 0.073863, 0.025346, 0.006598, -0.099399, -0.070184, -0.037789, -0.041763,
-)  # fmt: skip
-"""Per-channel mean of the embedded model's latents; measured by its training (docs/embedded-model.md)."""
-
-EMBEDDED_LATENT_STD = (
-    0.836490, 1.026002, 0.834014, 1.217148, 0.689434, 0.782664, 0.597431, 0.720607,
-    0.784051, 0.868947, 0.318089, 0.696523, 1.037016, 0.825400, 0.767118, 0.618221,
-)  # fmt: skip
-"""Per-channel standard deviation of the embedded model's latents."""
-
-
 def _embedded_vae(base_dim: int) -> VaeConfig:
-    mean, std = EMBEDDED_LATENT_MEAN, EMBEDDED_LATENT_STD
-    return VaeConfig(base_dim=base_dim, num_res_blocks=1, latent_mean=mean, latent_std=std)
+    """Return a VAE of the embedded model; its latents' statistics were measured by the training (``training.json``)."""
+    trained = json.loads((Path(__file__).parent / "assets" / "tiny" / "training.json").read_text())
+    return VaeConfig(
+        base_dim=base_dim, num_res_blocks=1, latent_mean=tuple(trained["mean"]), latent_std=tuple(trained["std"])
+    )
 
 
 _TABLE = (

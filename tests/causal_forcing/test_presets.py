@@ -1,9 +1,7 @@
 """The preset table: complete, consistent, and silent about what is not known."""
 
-import json
 import pickle
 from dataclasses import asdict, replace
-from importlib.resources import files
 
 import pytest
 import torch
@@ -28,13 +26,6 @@ def test_every_checkpoint_of_this_architecture_has_a_preset():
         "wan-14b",
         "tiny",
     }
-
-
-def test_the_embedded_latents_are_normalised_as_its_weights_were_trained():
-    trained = json.loads(files("causal_forcing").joinpath("assets/tiny/training.json").read_text())
-    for vae in get_preset("tiny").vaes.values():
-        assert vae.latent_mean == pytest.approx(trained["mean"], abs=1e-6)
-        assert vae.latent_std == pytest.approx(trained["std"], abs=1e-6)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
