@@ -79,6 +79,8 @@ ODDS = {"circling": 6.0, "bouncing": 3.0}
 
 They move differently in every frame, and theirs is the largest error by far.
 """
+OPENING_ODDS = 3.0
+"""How many times as often as others clips that begin where streams do are drawn."""
 RECACHED = 0.25
 """Share of clips whose context is read under the last caption throughout, as after a switch with ``recache``."""
 CONTEXT_NOISE = 0.2
@@ -246,8 +248,9 @@ def load_data(
 
 def odds(clips: Sequence[latents.Clip]) -> NDArray[np.float64]:
     """Return how often each clip is drawn, ``[N]``, 1 in sum: by the motion in it that ``ODDS`` names the most."""
-    values = [max(ODDS.get(thing.motion, 1.0) for scene in clip.scenes for thing in scene.things) for clip in clips]
-    return np.array(values) / sum(values)
+    motions = [max(ODDS.get(thing.motion, 1.0) for scene in clip.scenes for thing in scene.things) for clip in clips]
+    values = np.array(motions) * np.where(latents.openings(len(clips)), OPENING_ODDS, 1.0)
+    return np.asarray(values / values.sum())
 
 
 def _working(data: Data, loss: Callable[[Data], float]) -> BlockPass | None:

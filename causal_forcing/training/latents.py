@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,6 +107,11 @@ def draw_clip(
     first = world.Segment(scene, at, segments[0].placements)
     second = world.switch(first, world.change(rng, scene), pixel_frames - at)
     return Clip((scene, second.scene), switch), (first, second)
+
+
+def openings(clips: int) -> NDArray[np.bool_]:
+    """Return which of a data set's clips of ``CLIP_FRAMES`` begin where streams do, ``[N]``: every other shard's."""
+    return np.asarray(np.arange(clips) * CLIP_FRAMES // SHARD_FRAMES % 2 == 1)
 
 
 @dataclass(frozen=True)
