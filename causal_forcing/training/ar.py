@@ -45,6 +45,7 @@ from causal_forcing.training.loop import (
     wait_for,
 )
 from causal_forcing.training.model import (
+    SINK_FRAMES,
     WINDOW_FRAMES,
     Generator,
     add_noise,
@@ -198,7 +199,8 @@ class Data:
 
     def layout(self, draws: int, *, window: int = WINDOW_FRAMES, bidirectional: bool = False) -> Layout:
         """Return the layout of a pass over a batch."""
-        return Layout(self.values.shape[2], draws, window=window, bidirectional=bidirectional)
+        sink = 0 if bidirectional else SINK_FRAMES
+        return Layout(self.values.shape[2], draws, window=window, sink=sink, bidirectional=bidirectional)
 
 
 def load_data(

@@ -35,6 +35,7 @@ from causal_forcing.training.loop import (
     wait_for,
 )
 from causal_forcing.training.model import (
+    SINK_FRAMES,
     WINDOW_FRAMES,
     Generator,
     add_noise,
@@ -64,7 +65,7 @@ RESAMPLINGS = 2
 def draw_window(random: StepRandom) -> int:
     """Return how many frames, its own among them, a frame of this step reads: sometimes few, as after a flush."""
     flushed = random.numpy.random() < FLUSHED
-    return int(random.numpy.integers(2, WINDOW_FRAMES)) if flushed else WINDOW_FRAMES
+    return int(random.numpy.integers(SINK_FRAMES + 2, WINDOW_FRAMES)) if flushed else WINDOW_FRAMES
 
 
 def objective(

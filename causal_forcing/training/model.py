@@ -26,8 +26,11 @@ from causal_forcing.transformer import CausalTransformer
 
 GEOMETRY = Geometry(SIDE, SIDE)
 
-WINDOW_FRAMES = 8
-"""Latent frames that attention sees, in training as in use: one period of the world's motions."""
+SINK_FRAMES = 1
+"""First latent frames of a scene that attention always sees: what its objects look like is decided there."""
+
+WINDOW_FRAMES = 8 + SINK_FRAMES
+"""Latent frames that attention sees, in training as in use: one period of the world's motions, and the sink."""
 
 MIDDLE_SHARE, MIDDLE_MEAN, MIDDLE_STD = 0.5, 0.4, 0.8
 """Share of noise levels from a logit-normal distribution, and its parameters."""
@@ -129,7 +132,7 @@ def add_noise(clean: Tensor, sigmas: Tensor, generator: torch.Generator) -> tupl
 
 
 def embedded_preset(root: Path) -> Preset:
-    """Return the ``tiny`` preset as a training folder defines it: VAE sizes, latent statistics, window."""
+    """Return the ``tiny`` preset as a training folder defines it: VAE sizes, latent statistics, window, sink."""
     index = json.loads((root / "latents" / "index.json").read_text())
 
     def measured(config: VaeConfig) -> VaeConfig:
@@ -139,6 +142,7 @@ def embedded_preset(root: Path) -> Preset:
         get_preset("tiny"),
         vaes={"wan": measured(CONFIG), "lightvae": measured(LIGHT_CONFIG)},
         window_frames=WINDOW_FRAMES,
+        sink_frames=SINK_FRAMES,
         trained=True,
     )
 

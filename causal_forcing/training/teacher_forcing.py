@@ -25,7 +25,7 @@ from torch import Tensor
 from causal_forcing.geometry import PATCH
 from causal_forcing.rope import RotaryEmbedding, Rotation, rotate
 from causal_forcing.training.model import WINDOW_FRAMES
-from causal_forcing.transformer import CausalTransformer, TransformerBlock, unpatchify
+from causal_forcing.transformer import Attention, CausalTransformer, TransformerBlock, unpatchify
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Layout:
         draws: Noisy copies of every frame; 0 for a pass over clean frames alone.
         window: Frames an attention sees, the frame itself included; None for all.
         chunk: Frames generated together; they attend to each other both ways.
+        sink: First frames of a clip that stay in the window, at the positions before the oldest of the rest.
         bidirectional: Whether noisy frames attend to all noisy frames of their draw and to no clean ones.
     """
 
@@ -44,6 +45,7 @@ class Layout:
     draws: int
     window: int | None = None
     chunk: int = 1
+    sink: int = 0
     bidirectional: bool = False
 
     @property
@@ -60,18 +62,32 @@ class Layout:
         furthest = self.frames if self.window is None else max(self.window, WINDOW_FRAMES)
         return max(0, min(furthest, self.frames) - self.group)
 
+    def starts(self) -> Tensor:
+        """Return the first frame of each group, ``[G]`` int64."""
+        return self.group * torch.arange(self.frames // self.group)
+
     def past(self) -> Tensor:
-        """Return which of the frames before a group its frames attend to.
+        """Return which frames before a group its frames attend to.
 
         Returns:
-            ``[G, reach]`` bool: for each group, the clean frames that precede it, the oldest first.
+            ``[G, sink + reach]`` bool: for each group, the sink once others have been evicted, then the clean frames
+            that precede the group, the oldest first.
         """
-        start = self.group * torch.arange(self.frames // self.group)[:, None]
+        start = self.starts()[:, None]
         index = start - self.reach + torch.arange(self.reach)
         seen = index >= 0
+        evicts = torch.zeros_like(start, dtype=torch.bool)
         if self.window is not None:
-            seen &= start + self.group - index <= self.window
-        return seen
+            evicts = start + self.group > self.window
+            seen &= ~evicts | (start + self.group - index <= self.window - self.sink)
+        return torch.cat([evicts.expand(-1, self.sink), seen], dim=1)
+
+    def sink_positions(self) -> list[int]:
+        """Return the positions at which each group sees the sink, if it does: ``G * sink`` of them."""
+        window = self.frames if self.window is None else self.window
+        first = (self.starts() + self.group - window).clamp(min=0)
+        positions: list[int] = (first[:, None] + torch.arange(self.sink)).flatten().tolist()
+        return positions
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,9 @@ def predict(
     memory = _Memory(
         projected.view(batch, total, 1, 6, -1),
         _rotation(rotary, layout),
+        _sink_rotation(rotary, layout),
         layout.group * tokens,
+        layout.sink * tokens,
         _past_bias(layout, tokens, latents.device),
         model.text_embedding(prompts.embeds.flatten(1, 2)),
         _prompt_mask(prompts, 1 + layout.draws, tokens),
@@ -139,7 +157,7 @@ def predict(
 
 @cache
 def _past_bias(layout: Layout, tokens: int, device: torch.device) -> Tensor:
-    """Return what is added to the scores of the past, ``[G, 1, 1, reach * T]``: nothing, or minus infinity."""
+    """Return what is added to the scores of the past, ``[G, 1, 1, (sink + reach) * T]``: nothing, or minus infinity."""
     seen = layout.past().repeat_interleave(tokens, 1)
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None].to(device)
 
@@ -149,14 +167,21 @@ def _rotation(rotary: RotaryEmbedding, layout: Layout) -> Rotation:
     return rotary.rotation([*range(layout.frames)] * (1 + layout.draws))
 
 
+@cache
+def _sink_rotation(rotary: RotaryEmbedding, layout: Layout) -> Rotation | None:
+    return rotary.rotation(layout.sink_positions()) if layout.sink else None
+
+
 @dataclass(frozen=True)
 class _Memory:
     """What every block reads beside its tokens ``[B, S, T, D]``."""
 
     projected: Tensor  # [B, S, 1, 6, D]
     rotation: Rotation
+    sink_rotation: Rotation | None  # of G*s tokens
     group: int  # n, tokens of the frames that attend to each other both ways
-    past_bias: Tensor  # [G, 1, 1, m], of the m tokens before each of G groups
+    sink: int  # s, tokens of the frames that stay in the window
+    past_bias: Tensor  # [G, 1, 1, m], of the s tokens of the sink and the m - s before each of G groups
     text: Tensor  # [B, P*text_len, D]
     text_mask: Tensor | None  # [B, 1, S*T, P*text_len]
 
@@ -181,39 +206,47 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
 
 
-def _self_attend(q: Tensor, k: Tensor, v: Tensor, memory: _Memory) -> Tensor:
-    """Return the output of a whole pass, ``[B, S*T, D]``: each group reads the clean frames before it, and itself.
+def _self_attend(attention: Attention, y: Tensor, memory: _Memory) -> Tensor:
+    """Return the output of a whole pass, ``[B, S*T, D]``: each group reads the sink, the frames before it, itself.
 
     The clean frames are one more copy beside the draws. All copies of a group read the same past.
     """
-    groups, past = memory.past_bias.shape[0], memory.past_bias.shape[-1]
+    raw, v = attention.keys(y), attention.values(y)
+    q, k = (rotate(part, memory.rotation) for part in (attention.queries(y), raw))
+    groups, sink = memory.past_bias.shape[0], memory.sink
+    past = memory.past_bias.shape[-1] - sink
     clean = groups * memory.group
 
     def by_group(part: Tensor) -> Tensor:  # [B, G, H, copies, n, D/H]
         return part.view(len(part), -1, groups, memory.group, *part.shape[2:]).permute(0, 2, 4, 1, 3, 5)
 
-    def before_group(part: Tensor) -> Tensor:  # [B, G, H, m, D/H]
-        windows = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).unfold(1, past, memory.group)
-        return windows[:, :groups].transpose(-1, -2)
+    def of_past(part: Tensor, first: Tensor) -> Tensor:  # [B, G, H, m, D/H]
+        windows = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).unfold(1, past, memory.group)[:, :groups]
+        windows = windows.transpose(-1, -2)
+        if memory.sink_rotation is None:
+            return windows
+        sinks = first.view(len(first), groups, sink, *first.shape[2:]).transpose(2, 3)
+        return torch.cat([sinks, windows], dim=3)
 
+    first_keys, first_values = (part[:, :sink].repeat(1, groups, 1, 1) for part in (raw, v))
+    if memory.sink_rotation is not None:
+        first_keys = rotate(first_keys, memory.sink_rotation)
     queries, keys, values = (by_group(part) for part in (q * q.shape[-1] ** -0.5, k, v))
     own = queries @ keys.transpose(-1, -2)
     if not past:
         out = own.softmax(-1) @ values
     else:
-        earlier = queries.flatten(3, 4) @ before_group(k).transpose(-1, -2) + memory.past_bias
-        scores = torch.cat([earlier.view(*own.shape[:-1], past), own], dim=-1)
-        of_past, of_own = torch.split(scores.softmax(-1).to(v.dtype), [past, memory.group], dim=-1)
-        out = (of_past.flatten(3, 4) @ before_group(v)).view_as(queries) + of_own @ values
+        earlier = queries.flatten(3, 4) @ of_past(k, first_keys).transpose(-1, -2) + memory.past_bias
+        scores = torch.cat([earlier.view(*own.shape[:-1], -1), own], dim=-1)
+        on_past, on_own = torch.split(scores.softmax(-1).to(v.dtype), [sink + past, memory.group], dim=-1)
+        out = (on_past.flatten(3, 4) @ of_past(v, first_values)).view_as(queries) + on_own @ values
     return out.permute(0, 3, 1, 4, 2, 5).flatten(1, 3).flatten(2)
 
 
 def _block(block: TransformerBlock, x: Tensor, memory: _Memory) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + memory.projected).unbind(3)
     y = _modulate(x, shift1, scale1, block.eps).flatten(1, 2)
-    attention = block.self_attn
-    q, k = (rotate(part, memory.rotation) for part in (attention.queries(y), attention.keys(y)))
-    out = attention.o(_self_attend(q, k, attention.values(y), memory))
+    out = block.self_attn.o(_self_attend(block.self_attn, y, memory))
     x = torch.addcmul(x, out.view_as(x), gate1)
     attention = block.cross_attn
     q = attention.queries(block.norm3(x).flatten(1, 2))

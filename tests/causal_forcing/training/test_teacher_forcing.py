@@ -8,6 +8,7 @@ from causal_forcing.flow import CONTEXT_TIMESTEP
 from causal_forcing.geometry import Geometry
 from causal_forcing.kv_cache import CacheLayout, KeyValueCache
 from causal_forcing.rope import RotaryEmbedding
+from causal_forcing.training.model import WINDOW_FRAMES
 from causal_forcing.training.teacher_forcing import Layout, Prompts, predict
 from causal_forcing.transformer import CausalTransformer, ChunkContext
 
@@ -34,7 +35,7 @@ def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, l
     rotary = RotaryEmbedding(CONFIG, GEOMETRY, device)
     sizes = CacheLayout(
         capacity=layout.window or FRAMES,
-        sink_frames=0,
+        sink_frames=layout.sink,
         sink_rope=SinkRope.RELATIVE,
         tokens_per_frame=GEOMETRY.tokens_per_frame,
         evicts=layout.window is not None,
@@ -46,6 +47,9 @@ def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, l
         frames = slice(start, start + layout.chunk)
         plan = cache.plan(layout.chunk)
         rotation = rotary.rotation(range(start, start + layout.chunk))
+        sink = cache.sink_positions(plan)
+        if sink is not None:
+            model.rotate_sink(cache, rotary.rotation(sink))
         context = ChunkContext(cache, plan, rotation, texts[int(prompt_of_frame[0, start])])
         modulation = model.modulate(float(timesteps[0, start]))
         velocities.append(model(noisy[:, :, frames], modulation, context))
@@ -58,7 +62,16 @@ def cached_velocities(model, clean, noisy, timesteps, embeds, prompt_of_frame, l
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(FRAMES, 2), Layout(FRAMES, 2, window=3), Layout(FRAMES, 2, chunk=3), Layout(FRAMES, 2, window=6, chunk=2)],
+    [
+        Layout(FRAMES, 2),
+        Layout(FRAMES, 2, window=3),
+        Layout(FRAMES, 2, chunk=3),
+        Layout(FRAMES, 2, window=6, chunk=2),
+        Layout(FRAMES, 2, window=3, sink=1),
+        Layout(FRAMES, 2, window=4, sink=2),
+        Layout(FRAMES, 2, window=4, chunk=2, sink=1),
+        Layout(FRAMES, 2, window=6, sink=1),
+    ],
 )
 @torch.no_grad()
 def test_equals_the_cached_path(model, layout):
@@ -138,14 +151,23 @@ def test_bidirectional_frames_see_all_of_their_draw_and_nothing_else(model, fram
 
 
 def test_smaller_windows_have_the_same_shapes_and_see_less():
-    whole, small = Layout(16, 1, window=8), Layout(16, 1, window=3)
-    assert small.past().shape == whole.past().shape == (16, 7)
-    assert whole.past()[7:].all()
-    assert whole.past().sum(1)[:8].tolist() == [*range(8)]
+    whole, small = Layout(16, 1, window=WINDOW_FRAMES), Layout(16, 1, window=3)
+    before = WINDOW_FRAMES - 1
+    assert small.past().shape == whole.past().shape == (16, before)
+    assert whole.past()[before:].all()
+    assert whole.past().sum(1)[:before].tolist() == [*range(before)]
     assert small.past().sum(1).tolist() == [0, 1] + [2] * 14
     assert small.past()[2:, -2:].all()
     chunked = Layout(12, 1, window=9, chunk=3)
     assert chunked.past().sum(1).tolist() == [0, 3, 6, 6]
+
+
+def test_the_sink_takes_the_place_of_the_oldest_frames_once_they_are_evicted():
+    layout = Layout(16, 1, window=9, sink=2)
+    sink, rolling = layout.past().split([2, 8], dim=1)
+    assert sink.any(1).tolist() == [False] * 9 + [True] * 7
+    assert rolling.sum(1).tolist() == [*range(9)] + [6] * 7
+    assert layout.sink_positions()[-2:] == [7, 8]
 
 
 @torch.no_grad()
