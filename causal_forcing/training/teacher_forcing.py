@@ -178,7 +178,7 @@ class _Memory:
 
     projected: Tensor  # [B, S, 1, 6, D]
     rotation: Rotation
-    sink_rotation: Rotation | None  # of G*s tokens
+    sink_rotation: Rotation | None  # of G*s tokens, if there are any
     group: int  # n, tokens of the frames that attend to each other both ways
     sink: int  # s, tokens of the frames that stay in the window
     past_bias: Tensor  # [G, 1, 1, m], of the s tokens of the sink and the m - s before each of G groups
@@ -220,26 +220,22 @@ def _self_attend(attention: Attention, y: Tensor, memory: _Memory) -> Tensor:
     def by_group(part: Tensor) -> Tensor:  # [B, G, H, copies, n, D/H]
         return part.view(len(part), -1, groups, memory.group, *part.shape[2:]).permute(0, 2, 4, 1, 3, 5)
 
-    def of_past(part: Tensor, first: Tensor) -> Tensor:  # [B, G, H, m, D/H]
+    def of_past(part: Tensor, first: Tensor, rotation: Rotation | None = None) -> Tensor:  # [B, G, H, m, D/H]
         windows = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).unfold(1, past, memory.group)[:, :groups]
-        windows = windows.transpose(-1, -2)
-        if memory.sink_rotation is None:
-            return windows
-        sinks = first.view(len(first), groups, sink, *first.shape[2:]).transpose(2, 3)
-        return torch.cat([sinks, windows], dim=3)
+        sinks = first[:, :sink].repeat(1, groups, 1, 1)
+        sinks = sinks if rotation is None else rotate(sinks, rotation)
+        sinks = sinks.view(len(part), groups, sink, *part.shape[2:]).transpose(2, 3)
+        return torch.cat([sinks, windows.transpose(-1, -2)], dim=3)
 
-    first_keys, first_values = (part[:, :sink].repeat(1, groups, 1, 1) for part in (raw, v))
-    if memory.sink_rotation is not None:
-        first_keys = rotate(first_keys, memory.sink_rotation)
     queries, keys, values = (by_group(part) for part in (q * q.shape[-1] ** -0.5, k, v))
     own = queries @ keys.transpose(-1, -2)
     if not past:
         out = own.softmax(-1) @ values
     else:
-        earlier = queries.flatten(3, 4) @ of_past(k, first_keys).transpose(-1, -2) + memory.past_bias
+        earlier = queries.flatten(3, 4) @ of_past(k, raw, memory.sink_rotation).transpose(-1, -2) + memory.past_bias
         scores = torch.cat([earlier.view(*own.shape[:-1], -1), own], dim=-1)
         on_past, on_own = torch.split(scores.softmax(-1).to(v.dtype), [sink + past, memory.group], dim=-1)
-        out = (on_past.flatten(3, 4) @ of_past(v, first_values)).view_as(queries) + on_own @ values
+        out = (on_past.flatten(3, 4) @ of_past(v, v)).view_as(queries) + on_own @ values
     return out.permute(0, 3, 1, 4, 2, 5).flatten(1, 3).flatten(2)
 
 
