@@ -140,6 +140,7 @@ def predict(
         projected.view(batch, total, 1, 6, -1),
         _rotation(rotary, layout),
         _sink_rotation(rotary, layout),
+        tokens,
         layout.group * tokens,
         layout.sink * tokens,
         _past_bias(layout, tokens, latents.device),
@@ -179,6 +180,7 @@ class _Memory:
     projected: Tensor  # [B, S, 1, 6, D]
     rotation: Rotation
     sink_rotation: Rotation | None  # of G*s tokens, if there are any
+    tokens: int  # T, of a frame
     group: int  # n, tokens of the frames that attend to each other both ways
     sink: int  # s, tokens of the frames that stay in the window
     past_bias: Tensor  # [G, 1, 1, m], of the s tokens of the sink and the m - s before each of G groups
@@ -215,17 +217,19 @@ def _self_attend(attention: Attention, y: Tensor, memory: _Memory) -> Tensor:
     q, k = (rotate(part, memory.rotation) for part in (attention.queries(y), raw))
     groups, sink = memory.past_bias.shape[0], memory.sink
     past = memory.past_bias.shape[-1] - sink
-    clean = groups * memory.group
+    clean, step = groups * memory.group, memory.group // memory.tokens
 
     def by_group(part: Tensor) -> Tensor:  # [B, G, H, copies, n, D/H]
         return part.view(len(part), -1, groups, memory.group, *part.shape[2:]).permute(0, 2, 4, 1, 3, 5)
 
     def of_past(part: Tensor, first: Tensor, rotation: Rotation | None = None) -> Tensor:  # [B, G, H, m, D/H]
-        windows = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).unfold(1, past, memory.group)[:, :groups]
+        frames = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).view(len(part), -1, memory.tokens, *part.shape[2:])
+        # Slices, not Tensor.unfold, whose backward pass torch 2.13 compiles wrongly on a CPU.
+        windows = torch.cat([frames[:, i : i + clean // memory.tokens : step] for i in range(past // memory.tokens)], 2)
         sinks = first[:, :sink].repeat(1, groups, 1, 1)
         sinks = sinks if rotation is None else rotate(sinks, rotation)
         sinks = sinks.view(len(part), groups, sink, *part.shape[2:]).transpose(2, 3)
-        return torch.cat([sinks, windows.transpose(-1, -2)], dim=3)
+        return torch.cat([sinks, windows.transpose(2, 3)], dim=3)
 
     queries, keys, values = (by_group(part) for part in (q * q.shape[-1] ** -0.5, k, v))
     own = queries @ keys.transpose(-1, -2)
