@@ -158,18 +158,21 @@ class Preset:
     def session_config(self, **overrides: object) -> SessionConfig:
         """Return the defaults of a session of this model with some fields replaced.
 
-        Steps that are given apply to the first chunk as well, unless its steps are given, too.
+        Steps that are given apply to the first chunk as well, unless its steps are given, too. The preset's sink gives
+        way to a window that is given: it leaves room for a chunk, and without a window there is none.
 
         Raises:
             InvalidRequest: If a value is not allowed.
         """
+        window = overrides.get("window_frames", self.window_frames)
+        room = window - self.chunk_frames if isinstance(window, int) else 0
         defaults: dict[str, Any] = {
             "height": self.height,
             "width": self.width,
             "denoising_steps": self.denoising_steps,
             "first_chunk_steps": None if "denoising_steps" in overrides else self.first_chunk_steps,
             "window_frames": self.window_frames,
-            "sink_frames": self.sink_frames,
+            "sink_frames": max(0, min(self.sink_frames, room)),
             "sink_rope": self.sink_rope,
         }
         return SessionConfig(**(defaults | overrides))

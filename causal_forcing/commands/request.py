@@ -231,8 +231,6 @@ def _read_overrides(args: argparse.Namespace) -> Mapping[str, Any]:
             overrides[name] = tuple(int(part) for part in parts)
     if args.window is not None:
         overrides["window_frames"] = None if args.window == "none" else _integer("window", args.window, 1, 1024)
-        if args.window == "none" and args.sink is None:
-            overrides["sink_frames"] = 0
     if args.seed is not None:
         overrides["seed"] = _integer("seed", args.seed, 0, MAX_SEED)
     if args.sink is not None:

@@ -221,8 +221,8 @@ class Run:
         tensors |= {f"ema/{name}": value for name, value in self.ema.items()}
         tensors |= {f"state/{name}": value for name, value in self.optimizer.state.items()}
         metadata = {"step": str(self.step), "seed": str(self.seed), "elapsed_s": f"{self.elapsed_s:.3f}"}
-        _write(self.folder / "last.safetensors", tensors, metadata)
-        _write(self.folder / "ema.safetensors", self.ema, {"step": str(self.step)})
+        write_tensors(self.folder / "last.safetensors", tensors, metadata)
+        write_tensors(self.folder / "ema.safetensors", self.ema, {"step": str(self.step)})
 
     @torch.no_grad()
     def _load(self) -> None:
@@ -287,7 +287,8 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
     part = path.with_suffix(".part")
     save_file({name: value.contiguous() for name, value in tensors.items()}, part, metadata)
     part.replace(path)

@@ -221,7 +221,7 @@ def _engine_config(message: pb.SessionConfig, service: ServiceConfig) -> Session
     overrides["height"], overrides["width"] = _size(message, service)
     config = preset.session_config(**overrides)
     limit = service.allowed_window_frames
-    least = config.sink_frames + preset.chunk_frames
+    least = message.sink_frames + preset.chunk_frames  # the preset's own sink gives way to a small window
     if config.window_frames is None or not least <= config.window_frames <= limit:
         allowed = f"must be {least} (the sink and one chunk) to {limit} latent frames"
         raise InvalidRequest("window_frames", config.window_frames, allowed)

@@ -60,6 +60,7 @@ def make_engine(chunk_frames=1, *, vae=False, seed=1, config=TRANSFORMER):
         chunk_frames=chunk_frames,
         first_chunk_steps=None,
         shift=DEFAULT_SHIFT,
+        sink_frames=0,
     )
     return Engine(preset, make_transformer(config, seed), make_vae() if vae else None, HashTextEncoder())
 

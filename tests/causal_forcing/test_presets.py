@@ -107,6 +107,18 @@ def test_an_unknown_vae_names_the_known_ones():
     assert "lightvae" in caught.value.message
 
 
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (1, 0), (4, 1), (5, 2), (6, 3), (21, 3)])
+def test_the_default_sink_gives_way_to_a_window_that_is_given(window, sink):
+    preset = get_preset("longlive")
+    assert (preset.sink_frames, preset.chunk_frames) == (3, 3)
+    assert preset.session_config(window_frames=window).sink_frames == sink
+
+
+def test_a_sink_that_is_given_does_not():
+    with pytest.raises(InvalidRequest, match=r"^sink_frames: got 1; must be 0 without a window"):
+        get_preset("tiny").session_config(window_frames=None, sink_frames=1)
+
+
 def test_small_pictures_have_a_shift_of_their_own():
     assert {name for name, preset in PRESETS.items() if preset.shift != DEFAULT_SHIFT} == {"tiny"}
     engine = Engine.load(get_preset("tiny"), vae=None)

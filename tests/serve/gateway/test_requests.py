@@ -33,7 +33,7 @@ REFUSED = [
     (config(seed=-1), "seed", "-1", "0"),
     (config(denoising_steps=[500, 750]), "denoising_steps", "(500, 750)", "descending"),
     (config(denoising_steps=[0]), "denoising_steps", "(0,)", "1 to 1000"),
-    (config(window_frames=9), "window_frames", "9", "1 (the sink and one chunk) to 8"),
+    (config(window_frames=10), "window_frames", "10", "1 (the sink and one chunk) to 9"),
     (config(window_frames=3, sink_frames=3), "sink_frames", "3", "smaller than window_frames"),
     (config(sink_frames=-1), "sink_frames", "-1", "0"),
     (
