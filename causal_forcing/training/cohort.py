@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from causal_forcing.config import SessionConfig
+from causal_forcing.config import SessionConfig, VaeConfig
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.media import Frames, to_frames
@@ -114,11 +114,12 @@ def decode(engine: Engine, latents: Tensor) -> list[Frames]:
     """
     if not isinstance(engine.vae, WanVae):
         raise InvalidRequest("vae", type(engine.vae).__name__, "must be of the Wan family (wan, lightvae)")
-    config = engine.vae.config
-    parameters = dict(engine.vae.named_parameters())
+    parameters, config = dict(engine.vae.named_parameters()), engine.vae.config
+    parts = torch.split(denormalised(latents, config), 1)
+    return [to_frames(whole_clip.decode(parameters, config, part).clamp(-1, 1)) for part in parts]
+
+
+def denormalised(latents: Tensor, config: VaeConfig) -> Tensor:
+    """Return normalised latents ``[B, 16, F, h, w]`` as a VAE's decoder reads them."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latent_mean, config.latent_std))
-    clips = []
-    for part in torch.split(latents, 1):
-        video = whole_clip.decode(parameters, config, part * std + mean).clamp(-1, 1)
-        clips.append(to_frames(video))
-    return clips
+    return latents * std + mean

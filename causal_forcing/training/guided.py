@@ -50,7 +50,10 @@ GPU_SCHEDULE = Schedule(
     steps=4000, learning_rate=8e-4, warmup=50, decay_from=0.3, save_every=1000, ema=0.99, budget_s=30
 )
 GUIDANCE = 2.0
-"""How far the velocity goes from that without a caption to that with one; 1 is there, more is beyond."""
+"""How far the velocity goes from that without a caption to that with one; 1 is there, more is beyond.
+
+A teacher that is guided itself wants 1.
+"""
 FLUSHED = 0.2
 """Share of steps whose frames read few others, as they do after a switch with ``flush``."""
 
@@ -58,8 +61,11 @@ RESAMPLED = 0.5
 """Share of clips whose frames are predicted from a past that the student has made."""
 RESAMPLED_FROM = 0.8
 """Highest level of noise from which the student makes it."""
-RESAMPLINGS = 2
-"""Times that the past is made: first from the clips' own frames, then from what the student made of them."""
+RESAMPLINGS = 3
+"""Most times that the past is made: first from the clips' own frames, then from what the student made of them."""
+
+EARLY_FRAMES, EARLY_WEIGHT = 4, 3.0
+"""How many frames after a clip's first count more, and how much: a shape that they lose does not come back."""
 
 
 def draw_window(random: StepRandom) -> int:
@@ -68,14 +74,26 @@ def draw_window(random: StepRandom) -> int:
     return int(random.numpy.integers(SINK_FRAMES + 2, WINDOW_FRAMES)) if flushed else WINDOW_FRAMES
 
 
+def frame_weights(frames: int, device: torch.device) -> Tensor:
+    """Return how much each frame of a clip counts, ``[F]``, 1 on average.
+
+    The first counts nothing: it is learnt from first frames by themselves, from the guided teacher.
+    """
+    weights = torch.ones(frames, device=device)
+    weights[0] = 0
+    weights[1 : 1 + EARLY_FRAMES] = EARLY_WEIGHT
+    return weights / weights.mean()
+
+
 def objective(
-    teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom
+    teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom, *, guidance: float
 ) -> dict[str, Tensor]:
     """Return the student's velocity error: of clips against the data, of first frames against the guided teacher."""
     batch = data.batch(layout, random)
     history = resampled(student, batch, random, data.device)
-    clips = velocity_error(student, batch, random, data.device, history)
-    beginnings = guided_error(teacher, student, data.first_frames(random), random, data.device)
+    weights = frame_weights(layout.frames, data.device.torch)
+    clips = velocity_error(student, batch, random, data.device, history=history, weights=weights)
+    beginnings = guided_error(teacher, student, data.first_frames(random), random, data.device, guidance=guidance)
     return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
 
 
@@ -97,24 +115,29 @@ def resampled(student: Generator, batch: Batch, random: StepRandom, device: Devi
     sigmas = level.expand(-1, clean.shape[2])
     with device.autocast():
         prompts = made.prompts(student)
-        for _ in range(RESAMPLINGS):
+        for _ in range(random.numpy.integers(1, RESAMPLINGS + 1)):
             noisy, _ = add_noise(clean, sigmas, random.torch)
             velocity = made.velocity(student, history, noisy, sigmas, prompts)
             history = noisy - level[:, None, :, None, None] * velocity.float()
     return torch.cat([history, batch.clean[count:]])
 
 
-def guided_error(teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
+def guided_error(
+    teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device, *, guidance: float
+) -> Tensor:
     """Return the student's mean squared error against the guided teacher's velocity, 0-dim."""
     clean, layout = batch.clean, batch.layout
     sigmas = draw_levels((len(clean), layout.draws * layout.frames), random.torch, student.preset.shift)
     noisy, _ = add_noise(clean.repeat(1, 1, layout.draws, 1, 1), sigmas, random.torch)
-    captions, empty = (fixed_prompts(teacher, captioned, device) for captioned in (batch, batch.unprompted()))
+    captions = fixed_prompts(teacher, batch, device)
     with device.autocast():
         with torch.no_grad():
-            without, under = (batch.velocity(teacher, clean, noisy, sigmas, words) for words in (empty, captions))
+            target = batch.velocity(teacher, clean, noisy, sigmas, captions)
+            if guidance != 1:
+                empty = fixed_prompts(teacher, batch.unprompted(), device)
+                target = torch.lerp(batch.velocity(teacher, clean, noisy, sigmas, empty), target, guidance)
         guess = batch.velocity(student, clean, noisy, sigmas, captions)
-    return (guess - torch.lerp(without, under, GUIDANCE)).square().mean()
+    return (guess - target).square().mean()
 
 
 def train(
@@ -128,6 +151,7 @@ def train(
     wait: bool = False,
     begin: str = "ar",
     guide: str = "ar",
+    guidance: float = GUIDANCE,
 ) -> Run:
     """Train (or go on training) in ``root/guided`` and return the run.
 
@@ -143,6 +167,7 @@ def train(
         wait: Prepare, then wait for the teacher.
         begin: Stage whose averaged weights the student begins with.
         guide: Stage of the teacher of first frames, with the text encoder of ``ar``.
+        guidance: See :data:`GUIDANCE`.
     """
     teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
     for generator in (teacher, student):
@@ -151,7 +176,8 @@ def train(
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         shares = replace(data, clips=2 * data.clips, beginnings=-(-data.beginnings // 2))
-        return objective(teacher, student, shares, data.layout(DRAWS, window=draw_window(random)), random)
+        layout = data.layout(DRAWS, window=draw_window(random))
+        return objective(teacher, student, shares, layout, random, guidance=guidance)
 
     data = load_data(root, student, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
     if wait:
@@ -169,6 +195,12 @@ def main() -> None:
     add_arguments(parser, compiles=True)
     parser.add_argument("--begin", default="ar", metavar="STAGE", help="whose averaged weights the student begins with")
     parser.add_argument("--guide", default="ar", metavar="STAGE", help="whose first frames the student follows, guided")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=GUIDANCE,
+        help="strength; 1 if the guide is guided itself (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     device = start_process(arguments)
     run = train(
@@ -178,6 +210,7 @@ def main() -> None:
         wait=arguments.wait,
         begin=arguments.begin,
         guide=arguments.guide,
+        guidance=arguments.guidance,
     )
     raise SystemExit(run.exit_status)
 

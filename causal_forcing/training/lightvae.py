@@ -2,7 +2,8 @@
 
     python -m causal_forcing.training.lightvae
 
-The small decoder learns to draw clips from the large encoder's latents, the small encoder to give those latents. Writes
+The small decoder learns to draw clips from the large encoder's latents, the small encoder to give those latents. With
+``--generated`` every other step draws clips of the generator's instead, as the large decoder draws them. Writes
 ``<root>/lightvae``.
 """
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from causal_forcing.config import VaeConfig
-from causal_forcing.training import whole_clip
+from causal_forcing.training import generated, whole_clip
 from causal_forcing.training.loop import (
     CPU,
     Device,
@@ -28,10 +29,13 @@ from causal_forcing.training.loop import (
     start_process,
     wait_for,
 )
-from causal_forcing.training.vae import CONFIG, LIGHT_CONFIG, batch, pixel_error
+from causal_forcing.training.model import load_stage
+from causal_forcing.training.vae import CONFIG, LIGHT_CONFIG, as_video, batch, pixel_error
 
 SCHEDULE = Schedule(steps=3000, learning_rate=5e-3, decay_from=0.4, ema=0.995)
 GPU_SCHEDULE = Schedule(steps=6000, learning_rate=5e-3, decay_from=0.4, save_every=1000, ema=0.995, budget_s=80)
+GENERATED_CLIPS = 2
+"""Clips of a step that draws generated ones."""
 LATENT_NOISE = 0.1
 """Most noise added to the latents that the small decoder reads, in their standard deviations: a generator errs, too."""
 
@@ -67,6 +71,23 @@ def objective(
     return drawn | {"loss": drawn["loss"] + 0.1 * latent, "latent": latent}
 
 
+def generated_objective(
+    small: whole_clip.Parameters, config: VaeConfig, latents: Tensor, video: Tensor, *, device: Device = CPU
+) -> dict[str, Tensor]:
+    """Return the loss of one batch of generated clips and its parts.
+
+    Args:
+        small: The parameters being trained.
+        config: Their sizes.
+        latents: ``[B, 16, F, h, w]``, not normalised.
+        video: ``[B, 3, T, H, W]`` in [-1, 1]: what the large decoder draws of them.
+        device: What computes.
+    """
+    with device.autocast():
+        drawn = whole_clip.decode(small, config, latents)
+    return pixel_error(drawn.float(), video)
+
+
 def train(
     root: Path,
     *,
@@ -76,13 +97,36 @@ def train(
     seed: int = 6,
     until: int | None = None,
     device: Device = CPU,
+    begin: str | None = None,
+    with_generated: bool = False,
 ) -> Run:
-    """Distil (or go on distilling) in ``root/lightvae`` and return the run."""
+    """Distil (or go on distilling) in ``root/lightvae`` and return the run.
+
+    Args:
+        root: Training folder.
+        config: Sizes of the small VAE.
+        large_config: Sizes of the large one.
+        schedule: Length and learning rate.
+        seed: Source of all randomness.
+        until: Step to stop at.
+        device: What computes.
+        begin: Stage whose averaged weights to begin with, instead of seeded ones.
+        with_generated: Whether every other step draws clips of :mod:`~causal_forcing.training.generated`.
+    """
     large = load_file(root / "vae" / "ema.safetensors", device=str(device.torch))
     parameters = {name: value.to(device.torch) for name, value in whole_clip.initial_parameters(config, seed).items()}
+    if begin is not None:
+        with torch.no_grad():
+            for name, value in load_stage(root, begin).items():
+                parameters[name].copy_(value)
+    latents, frames = generated.load(root) if with_generated else (torch.empty(0), torch.empty(0))
     run = Run(root / "lightvae", parameters, schedule, seed)
 
     def step_objective(step: int, random: StepRandom) -> dict[str, Tensor]:
+        if with_generated and step % 2 == 1:
+            chosen = torch.from_numpy(random.numpy.integers(len(latents), size=GENERATED_CLIPS))
+            video = as_video(frames[chosen].to(device.torch))
+            return generated_objective(run.parameters, config, latents[chosen].to(device.torch), video, device=device)
         video = batch(step, run.progress, random.numpy, device)
         return objective(large, run.parameters, (large_config, config), video, random, device=device)
 
@@ -94,12 +138,21 @@ def main() -> None:
     """Run the stage from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--begin", metavar="STAGE", help="begin with the averaged weights of a stage")
+    parser.add_argument("--generated", action="store_true", help="learn from clips of the generator's, too")
     arguments = parser.parse_args()
     device = start_process(arguments)
     if arguments.wait:
         wait_for(arguments.root / "vae")
     schedule = chosen_schedule(arguments, SCHEDULE, GPU_SCHEDULE)
-    raise SystemExit(train(arguments.root, schedule=schedule, device=device).exit_status)
+    run = train(
+        arguments.root,
+        schedule=schedule,
+        device=device,
+        begin=arguments.begin,
+        with_generated=arguments.generated,
+    )
+    raise SystemExit(run.exit_status)
 
 
 if __name__ == "__main__":
