@@ -59,7 +59,7 @@ FLUSHED = 0.2
 
 RESAMPLED = 0.5
 """Share of clips whose frames are predicted from a past that the student has made."""
-RESAMPLED_FROM = 0.8
+RESAMPLED_FROM = 0.9
 """Highest level of noise from which the student makes it."""
 RESAMPLINGS = 3
 """Most times that the past is made: first from the clips' own frames, then from what the student made of them."""
@@ -101,7 +101,8 @@ def objective(
 def resampled(student: Generator, batch: Batch, random: StepRandom, device: Device) -> Tensor:
     """Return the frames of a batch, of some of its clips as the student makes them: its errors are those of a stream.
 
-    Every frame of such a clip is noised to one level and predicted in one step, with the past that a frame has.
+    Every frame of such a clip but the first is noised to one level and predicted in one step, with the past that a
+    frame has. The first stays: a stream takes more steps for it, and as the sink it can put later ones right.
 
     Returns:
         ``[B, 16, F, h, w]`` float32, no gradient.
@@ -118,7 +119,8 @@ def resampled(student: Generator, batch: Batch, random: StepRandom, device: Devi
         for _ in range(random.numpy.integers(1, RESAMPLINGS + 1)):
             noisy, _ = add_noise(clean, sigmas, random.torch)
             velocity = made.velocity(student, history, noisy, sigmas, prompts)
-            history = noisy - level[:, None, :, None, None] * velocity.float()
+            guess = noisy - level[:, None, :, None, None] * velocity.float()
+            history = torch.cat([clean[:, :, :1], guess[:, :, 1:]], dim=2)
     return torch.cat([history, batch.clean[count:]])
 
 

@@ -224,7 +224,7 @@ def _self_attend(attention: Attention, y: Tensor, memory: _Memory) -> Tensor:
 
     def of_past(part: Tensor, first: Tensor, rotation: Rotation | None = None) -> Tensor:  # [B, G, H, m, D/H]
         frames = F.pad(part[:, :clean], (0, 0, 0, 0, past, 0)).view(len(part), -1, memory.tokens, *part.shape[2:])
-        # Slices, not Tensor.unfold, whose backward pass torch 2.13 compiles wrongly on a CPU.
+        # Slices, not Tensor.unfold: as torch 2.13 compiles its backward pass for a CPU, threads overwrite each other.
         windows = torch.cat([frames[:, i : i + clean // memory.tokens : step] for i in range(past // memory.tokens)], 2)
         sinks = first[:, :sink].repeat(1, groups, 1, 1)
         sinks = sinks if rotation is None else rotate(sinks, rotation)

@@ -318,6 +318,8 @@ def test_half_of_the_clips_follow_a_past_that_the_student_has_made(root, monkeyp
     history = guided.resampled(student, batch, step_rng(1, 1), CPU)
     changed = (history != batch.clean).flatten(1).any(1)
     assert changed.tolist() == [True, True, False, False]
+    assert torch.equal(history[:, :, 0], batch.clean[:, :, 0])
+    assert (history != batch.clean)[:2, :, 1:].any((1, 3, 4)).all()
     assert not history.requires_grad
     own, made = (
         ar.velocity_error(student, batch, step_rng(1, 2), CPU, history=past).item() for past in (batch.clean, history)

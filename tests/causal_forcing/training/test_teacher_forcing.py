@@ -185,27 +185,34 @@ def test_draws_do_not_see_each_other(model):
     assert not torch.allclose(before[:, :, 3:], after[:, :, 3:])
 
 
+@pytest.fixture
+def _two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_two_threads")
 def test_the_compiled_pass_has_the_same_gradients(model):
-    """Compiled to C++, not only traced: the compiler's backward pass of overlapping windows was wrong once."""
+    """Compiled to C++, and big enough for two threads, which once lost what both added to the gradient of one frame."""
     torch.manual_seed(6)
-    clean, noisy = (torch.randn(GEOMETRY.latent_shape(FRAMES)) for _ in range(2))
-    prompts = Prompts(torch.randn(1, 1, CONFIG.text_len, CONFIG.text_dim), torch.zeros(1, FRAMES).long())
-    rotary = RotaryEmbedding(CONFIG, GEOMETRY, torch.device("cpu"))
+    geometry, frames, layout = Geometry(64, 64), 16, Layout(16, 3, window=9, sink=1)
+    clean = torch.randn(2, *geometry.latent_shape(frames)[1:])
+    noisy = torch.randn(2, *geometry.latent_shape(layout.draws * frames)[1:])
+    embeds = torch.randn(2, 1, CONFIG.text_len, CONFIG.text_dim)
+    prompts = Prompts(embeds, torch.zeros(2, frames).long())
+    timesteps = torch.full((2, layout.draws * frames), 500.0)
+    rotary = RotaryEmbedding(CONFIG, geometry, torch.device("cpu"))
     gradients = []
     for block_pass in (None, compiled()):
         model.zero_grad()
         velocities = predict(
-            model,
-            clean,
-            noisy,
-            torch.full((1, FRAMES), 500.0),
-            prompts,
-            layout=Layout(FRAMES, 1, window=4, sink=1),
-            rotary=rotary,
-            block_pass=block_pass,
+            model, clean, noisy, timesteps, prompts, layout=layout, rotary=rotary, block_pass=block_pass
         )
         velocities.square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    torch.compiler.reset()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max(), msg=name)
