@@ -16,6 +16,8 @@ from causal_forcing.errors import InvalidRequest
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import SwitchPolicy
 from causal_forcing.training import evaluation, metrics, world
+from causal_forcing.training.export import export
+from causal_forcing.training.model import GENERATORS, embedded_preset
 
 FORMAT = 1
 """Version of the report's layout."""
@@ -26,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", help="model of this world (default: %(default)s)")
     parser.add_argument("--weights-dir", type=Path, help="folder of weights (default: the embedded ones)")
     parser.add_argument("--training", type=Path, metavar="DIR", help="evaluate the checkpoints of a training folder")
-    parser.add_argument(
-        "--stage", choices=("cd", "ar", "guided", "cd-bidirectional"), help="which generator of --training"
-    )
+    parser.add_argument("--stage", choices=GENERATORS, help="which generator of --training")
     parser.add_argument("--vae", default="wan", help="decoder (default: %(default)s)")
     parser.add_argument("--steps", help="denoising steps, e.g. 1000,500 (default: the preset's)")
     parser.add_argument(
@@ -97,9 +97,6 @@ def _load(args: argparse.Namespace) -> Engine:
         return Engine.load(preset, vae=args.vae, weights_dir=args.weights_dir)
     if args.weights_dir is not None:
         raise InvalidRequest("weights-dir", args.weights_dir, "must not be given with --training")
-    from causal_forcing.training.export import export
-    from causal_forcing.training.model import embedded_preset
-
     folder = args.training / "export"
     export(args.training, folder, stage=args.stage or "cd")
     return Engine.load(embedded_preset(args.training), vae=args.vae, weights_dir=folder)

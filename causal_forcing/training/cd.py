@@ -5,7 +5,8 @@
 The student learns to jump from any noise level to the clean frame: it must say the same at a level and at the next
 lower one, which the teacher's velocity leads to. Teacher and student see the same clean context, so the teacher's ODE
 is the student's (Causal Forcing's point). The result samples in 4 steps, and in 2 or 1 after a 4-step first chunk.
-``--teacher bidirectional`` distils from the bidirectional teacher instead, for the comparison.
+For the comparison ``--teacher bidirectional`` follows the ODE of the bidirectional teacher instead, in which all frames
+of a clip have one level and see each other: not the student's (Self-Forcing's initialisation).
 
 Source: Causal Forcing (arXiv 2602.02214) and Causal Forcing++ (arXiv 2605.15141); consistency models, Song et al. 2023.
 """
@@ -51,10 +52,26 @@ def grid_levels(shift: float, count: int = GRID) -> Tensor:
 
 
 def objective(
-    teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom
+    teacher: Generator,
+    student: Generator,
+    data: Data,
+    layout: Layout,
+    random: StepRandom,
+    *,
+    bidirectional: bool = False,
 ) -> dict[str, Tensor]:
-    """Return how far the student is from saying the same at two neighbouring levels, of clips and of first frames."""
-    clips, to_clean = inconsistency(teacher, student, data.batch(layout, random), random, data.device)
+    """Return how far the student is from saying the same at two neighbouring levels, of clips and of first frames.
+
+    Args:
+        teacher: Leads from a level to the next.
+        student: What is trained.
+        data: Clips and first frames.
+        layout: Of the student's pass.
+        random: Of the step.
+        bidirectional: Whether the teacher's frames see each other both ways.
+    """
+    batch = data.batch(layout, random)
+    clips, to_clean = inconsistency(teacher, student, batch, random, data.device, bidirectional=bidirectional)
     if not data.beginnings:
         return {"loss": clips, "to_clean": to_clean}
     beginnings, _ = inconsistency(teacher, student, data.first_frames(random), random, data.device)
@@ -63,25 +80,33 @@ def objective(
 
 
 def inconsistency(
-    teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device
+    teacher: Generator,
+    student: Generator,
+    batch: Batch,
+    random: StepRandom,
+    device: Device,
+    *,
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the student's mean squared inconsistency, and its distance to the clean frames."""
+    """Return the student's mean squared inconsistency, and its distance to the clean frames (see :func:`objective`)."""
     clean, layout = batch.clean, batch.layout
     levels, generator = grid_levels(student.preset.shift).to(clean.device), random.torch
-    shape = (len(clean), layout.draws * layout.frames)
+    shape = (len(clean), layout.draws, 1 if bidirectional else layout.frames)
     index = torch.randint(GRID, shape, generator=generator, device=clean.device)
+    index = index.expand(-1, -1, layout.frames).flatten(1)
     sigma, lower = levels[index], levels[index + 1]
     repeated = clean.repeat(1, 1, layout.draws, 1, 1)
     noisy, _ = add_noise(repeated, sigma, generator)
     context = blurred_context(clean, random)
     prompts = fixed_prompts(student, batch, device)
+    teachers = replace(batch, layout=replace(layout, bidirectional=True, sink=0)) if bidirectional else batch
 
-    def velocity(model: Generator, x: Tensor, at: Tensor) -> Tensor:
+    def velocity(model: Generator, x: Tensor, at: Tensor, seen: Batch = batch) -> Tensor:
         with device.autocast():
-            return batch.velocity(model, context, x, at, prompts)
+            return seen.velocity(model, context, x, at, prompts)
 
     with torch.no_grad():
-        ahead = noisy + _spread(lower - sigma) * velocity(teacher, noisy, sigma)
+        ahead = noisy + _spread(lower - sigma) * velocity(teacher, noisy, sigma, teachers)
         target = ahead - _spread(lower) * velocity(student, ahead, lower)
     guess = noisy - _spread(sigma) * velocity(student, noisy, sigma)
     return (guess - target).square().mean(), (guess.detach() - repeated).square().mean()
@@ -110,17 +135,17 @@ def train(
     device: Device = CPU,
     wait: bool = False,
 ) -> Run:
-    """Distil (or go on distilling) into ``root/cd`` (or ``root/cd-bidirectional``) and return the run.
+    """Distil (or go on distilling) into ``root/cd`` (``root/cd-ar``, ``root/cd-bidirectional``) and return the run.
 
     The text encoder stays the teacher's.
     """
     teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
     for generator in (teacher, student):
         generator.encoder.requires_grad_(False)
-    moving = student.transformer_parameters
+    moving, bidirectional = student.transformer_parameters, teacher_stage == "bidirectional"
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
-        return objective(teacher, student, data, data.layout(DRAWS), random)
+        return objective(teacher, student, data, data.layout(DRAWS), random, bidirectional=bidirectional)
 
     warm_up = rehearsal(step_loss, moving, seed, value="to_clean")
     data = load_data(root, student, device, wait=wait, warm_up=warm_up)

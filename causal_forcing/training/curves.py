@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from causal_forcing.training.loop import DEFAULT_ROOT, read_log
 
-STAGES = ("vae", "lightvae", "ar", "first-frames", "bidirectional", "guided", "cd", "cd-bidirectional")
+STAGES = ("vae", "lightvae", "ar", "first-frames", "bidirectional", "guided", "cd", "cd-ar", "cd-bidirectional")
 PANEL = (360, 220)
 MARGIN = 28
 SMOOTHING = 25

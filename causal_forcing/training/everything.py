@@ -26,6 +26,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "ar": ("ar",),
     "guided": ("guided",),
     "cd": ("cd",),
+    "cd-ar": ("cd", "--teacher", "ar"),
     "bidirectional": ("ar", "--bidirectional"),
     "cd-bidirectional": ("cd", "--teacher", "bidirectional"),
 }

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from causal_forcing.training.loop import DEFAULT_ROOT, read_metadata
-from causal_forcing.training.model import load_generator, load_stage
+from causal_forcing.training.model import GENERATORS, load_generator, load_stage
 
 LIMIT_BYTES = 30 * 2**20
 """Most bytes of weights that the package ships."""
@@ -29,7 +29,7 @@ def export(root: Path, output: Path, *, stage: str = "cd") -> int:
     Args:
         root: Training folder.
         output: Created if missing; files in it are replaced.
-        stage: Which generator: ``cd`` (few steps), or ``ar`` or ``guided`` (many).
+        stage: Which generator, of ``GENERATORS``.
 
     Raises:
         ValueError: If they are larger than the package may ship.
@@ -62,9 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write, e.g. causal_forcing/assets/tiny")
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    parser.add_argument(
-        "--stage", choices=("cd", "ar", "guided", "cd-bidirectional"), default="cd", help="which generator"
-    )
+    parser.add_argument("--stage", choices=GENERATORS, default="cd", help="which generator")
     arguments = parser.parse_args()
     size = export(arguments.root, arguments.output, stage=arguments.stage)
     print(f"wrote {size / 2**20:.1f} MiB of weights to {arguments.output}")

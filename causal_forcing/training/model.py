@@ -32,6 +32,9 @@ SINK_FRAMES = 1
 WINDOW_FRAMES = 8 + SINK_FRAMES
 """Latent frames that attention sees, in training as in use: one period of the world's motions, and the sink."""
 
+GENERATORS = ("cd", "ar", "guided", "cd-ar", "cd-bidirectional")
+"""Stages whose result is a causal generator."""
+
 MIDDLE_SHARE, MIDDLE_MEAN, MIDDLE_STD = 0.5, 0.4, 0.8
 """Share of noise levels from a logit-normal distribution, and its parameters."""
 
@@ -148,11 +151,11 @@ def embedded_preset(root: Path) -> Preset:
 
 
 def load_generator(root: Path, stage: str) -> dict[str, Tensor]:
-    """Return the averaged parameters of a whole generator; a stage that kept the text encoder has that of ``ar``."""
+    """Return the averaged parameters of a whole generator; a stage that kept the text encoder has its teacher's."""
     tensors = load_stage(root, stage)
     if any(name.startswith("text_encoder.") for name in tensors):
         return tensors
-    return load_stage(root, "ar") | tensors
+    return load_stage(root, "bidirectional" if stage == "cd-bidirectional" else "ar") | tensors
 
 
 def load_stage(root: Path, stage: str, *, averaged: bool = True) -> dict[str, Tensor]:

@@ -117,13 +117,18 @@ def stages(root):
         ),
         "guided": lambda folder, until: guided.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
         "cd": lambda folder, until: cd.train(folder, preset=PRESET, schedule=SCHEDULE, until=until),
+        "cd-bidirectional": lambda folder, until: cd.train(
+            folder, preset=PRESET, schedule=SCHEDULE, until=until, teacher_stage="bidirectional"
+        ),
     }
 
 
-EARLIER = {"first-frames": ["ar"], "guided": ["ar"], "cd": ["ar", "guided"]}
+EARLIER = {"first-frames": ["ar"], "guided": ["ar"], "cd": ["ar", "guided"], "cd-bidirectional": ["bidirectional"]}
 
 
-@pytest.mark.parametrize("stage", ["vae", "lightvae", "ar", "bidirectional", "first-frames", "guided", "cd"])
+@pytest.mark.parametrize(
+    "stage", ["vae", "lightvae", "ar", "bidirectional", "first-frames", "guided", "cd", "cd-bidirectional"]
+)
 def test_a_stage_resumes_bit_for_bit(root, tmp_path, stage):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -455,6 +460,35 @@ def test_the_student_becomes_consistent(root, tmp_path):
     start = loss()
     student.load(student.parameters | run.parameters)
     assert loss() < start
+
+
+def test_a_bidirectional_teacher_leads_whole_clips_from_level_to_level(root, monkeypatch):
+    teacher, student = (model.new_generator(root, 5, PRESET) for _ in range(2))
+    data = ar.load_data(root, student, CPU)
+    passes = []
+
+    def velocity(batch, generator, _context, noisy, sigmas, _prompts):
+        passes.append((generator is teacher, batch.layout.bidirectional, sigmas.view(len(noisy), 2, -1)))
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(ar.Batch, "velocity", velocity)
+    for bidirectional in (False, True):
+        passes.clear()
+        batch = data.batch(data.layout(2), step_rng(1, 0))
+        cd.inconsistency(teacher, student, batch, step_rng(1, 1), CPU, bidirectional=bidirectional)
+        assert [kind[:2] for kind in passes] == [(True, bidirectional), (False, False), (False, False)]
+        for _, _, sigmas in passes:
+            assert (sigmas == sigmas[:, :, :1]).all() == bidirectional
+
+
+def test_what_kept_its_text_encoder_is_loaded_with_that_of_its_teacher(root, tmp_path):
+    branch(root, tmp_path)
+    for stage, teacher in (("ar", "ar"), ("bidirectional", "bidirectional")):
+        ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1, stage=stage)
+        cd.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1, teacher_stage=teacher)
+        loaded, own = model.load_generator(tmp_path, f"cd-{teacher}"), model.load_stage(tmp_path, stage)
+        assert own.keys() == loaded.keys()
+        assert all(torch.equal(loaded[name], own[name]) for name in own if name.startswith("text_encoder."))
 
 
 def test_latents_are_made_once_and_know_their_data(root):
