@@ -18,7 +18,7 @@ from causal_forcing.presets import get_preset
 from causal_forcing.session import Session
 from causal_forcing.weights import LoraFile
 
-from .requests import ChunkRequest, Start
+from .requests import ChunkRequest, Start, chosen_numbers
 
 if TYPE_CHECKING:
     from .schema import CausalForcingConfig
@@ -38,8 +38,7 @@ class EngineBackend:
         self._session_config: SessionConfig = preset.session_config(
             height=config.height,
             width=config.width,
-            window_frames=config.window_frames,
-            sink_frames=config.sink_frames,
+            **chosen_numbers(config, "window_frames", "sink_frames"),
         )
         self._engine: Engine | None = Engine.load(
             preset,

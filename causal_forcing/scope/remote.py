@@ -17,7 +17,7 @@ from causal_forcing.errors import InvalidRequest, SessionStateError
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
 from serve.client import Frame, Started, StreamOptions, VideoClient, VideoServiceError
 
-from .requests import ChunkRequest, Start
+from .requests import ChunkRequest, Start, chosen_numbers
 
 if TYPE_CHECKING:
     from serve.client import VideoSession
@@ -101,8 +101,7 @@ class RemoteBackend:
             width=config.width,
             seed=start.seed,
             denoising_steps=start.denoising_steps,
-            window_frames=_unless_default(config, "window_frames"),
-            sink_frames=_unless_default(config, "sink_frames"),
+            **chosen_numbers(config, "window_frames", "sink_frames"),
             start_image=start.image or b"",
             pacing="as_fast_as_possible",  # Scope shows frames at its own pace and asks when it wants more
         )
@@ -125,12 +124,6 @@ class RemoteBackend:
                 if event.last_in_chunk:
                     return torch.from_numpy(np.stack(frames)).float() / 255
         return None
-
-
-def _unless_default(config: CausalForcingConfig, name: str) -> int | None:
-    """Return a number that was chosen; None, which leaves it to the server's model, for the default of another one."""
-    value: int = getattr(config, name)
-    return None if value == type(config).model_fields[name].default else value
 
 
 def _refuse(config: CausalForcingConfig, only_in_process: Mapping[str, object]) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.prompts import Blend, PromptUpdate, SwitchPolicy, WeightedPrompt
+
+if TYPE_CHECKING:
+    from .schema import CausalForcingConfig
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ class Parameters:
         if "first_frame_image" in given:
             image = _read(given["first_frame_image"])
         return Start(int(seed), tuple(int(step) for step in steps), image)
+
+
+def chosen_numbers(config: CausalForcingConfig, *names: str) -> dict[str, Any]:
+    """Return the numbers that were chosen; defaults, which are those of one model, are left to the model at hand."""
+    defaults = type(config).model_fields
+    return {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name].default}
 
 
 def parse_prompts(given: Mapping[str, Any], policy: str) -> PromptUpdate | None:

@@ -102,6 +102,17 @@ def test_frames_are_thwc_floats_in_unit_range(pipeline: Any) -> None:
         assert 0 <= float(video.min()) <= float(video.max()) <= 1
 
 
+@pytest.mark.parametrize(
+    ("given", "window", "sink"),
+    [({"window_frames": 21}, 9, 1), ({"window_frames": 5, "sink_frames": 2}, 5, 2), ({"window_frames": 1}, 1, 0)],
+)
+def test_the_model_looks_back_as_far_as_it_was_made_to_unless_told(
+    given: dict[str, int], window: int, sink: int
+) -> None:
+    config = load(**given)._backend._session_config
+    assert (config.window_frames, config.sink_frames) == (window, sink)
+
+
 def test_without_a_prompt_nothing_is_made(pipeline: Any) -> None:
     assert load_like_new(pipeline)(init_cache=True) == {}
 

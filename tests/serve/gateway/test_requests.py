@@ -92,6 +92,12 @@ def test_what_is_left_out_takes_the_defaults() -> None:
     assert request.credit_chunks == 2
 
 
+def test_the_models_sink_gives_way_to_a_window_of_one_chunk_and_the_client_hears_of_it() -> None:
+    assert effective_config(parse_config(config(), simulated())).sink_frames == 1
+    told = effective_config(parse_config(config(window_frames=1), simulated()))
+    assert (told.window_frames, told.sink_frames) == (1, 0)
+
+
 def test_the_server_draws_a_seed_and_tells_it() -> None:
     first, second = (parse_config(config(), simulated()) for _ in range(2))
     assert first.config.seed != second.config.seed
