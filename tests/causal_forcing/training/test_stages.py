@@ -176,6 +176,17 @@ def test_the_light_vae_learns_the_latents_of_the_large_one(root, tmp_path):
     assert loss(run(None).parameters) < 0.9 * start
 
 
+def test_the_small_decoder_is_held_to_colours_more_than_to_greys():
+    video = torch.zeros(1, 3, 1, 4, 4)
+    grey = torch.full_like(video, 0.1)
+    coloured = grey * torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1, 1) * 1.5**0.5
+    plain, tinted = (lightvae.drawing_error(off, video) for off in (grey, coloured))
+    assert plain["mse"].item() == pytest.approx(tinted["mse"].item())
+    assert plain["chroma"].item() == pytest.approx(0, abs=1e-12)
+    assert tinted["chroma"].item() == pytest.approx(0.01)
+    assert tinted["loss"] > 3 * plain["loss"]
+
+
 @pytest.mark.parametrize("stage", ["ar", "bidirectional"])
 def test_the_generator_learns(root, tmp_path, stage):
     branch(root, tmp_path)
