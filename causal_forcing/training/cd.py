@@ -74,6 +74,7 @@ def objective(
     clips, to_clean = inconsistency(teacher, student, batch, random, data.device, bidirectional=bidirectional)
     if not data.beginnings:
         return {"loss": clips, "to_clean": to_clean}
+    # A first frame by itself sees nothing else, whichever teacher it has.
     beginnings, _ = inconsistency(teacher, student, data.first_frames(random), random, data.device)
     parts = {"clips": clips.detach(), "beginnings": beginnings.detach(), "to_clean": to_clean}
     return {"loss": clips + beginnings} | parts

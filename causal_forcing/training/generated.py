@@ -22,7 +22,7 @@ from causal_forcing.training import captions, world
 from causal_forcing.training.cohort import Cohort, decode, denormalised
 from causal_forcing.training.export import export
 from causal_forcing.training.loop import DEFAULT_ROOT, step_rng
-from causal_forcing.training.model import embedded_preset
+from causal_forcing.training.model import GENERATORS, embedded_preset
 from causal_forcing.vae.wan import WanVae
 
 CLIPS = 512
@@ -67,9 +67,9 @@ def load(root: Path) -> tuple[Tensor, Tensor]:
     Raises:
         FileNotFoundError: If there are none.
     """
-    paths = sorted((root / "generated").glob("shard-*.safetensors"))
+    folder = root / "generated"
+    paths = sorted(folder.glob("shard-*.safetensors"))
     if not paths:
-        folder = root / "generated"
         raise FileNotFoundError(f"{folder} has no clips: run python -m causal_forcing.training.generated first")
     shards = [load_file(path) for path in paths]
     latents, frames = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "frames"))
@@ -80,7 +80,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    parser.add_argument("--stage", default="guided", help="whose averaged weights sample (default: %(default)s)")
+    parser.add_argument(
+        "--stage", choices=GENERATORS, default="guided", help="whose averaged weights sample (default: %(default)s)"
+    )
     parser.add_argument("--clips", type=int, default=CLIPS, help="clips altogether (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     arguments = parser.parse_args()
