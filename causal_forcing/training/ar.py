@@ -357,7 +357,7 @@ def velocity_error(
         random: Draws levels and noise.
         device: What computes.
         history: ``[B, 16, F, h, w]``: what is read as the past instead of the clean frames.
-        weights: ``[F]``: how much each frame counts, 1 on average; None for all alike.
+        weights: ``[B, F]``: how much each frame counts, 1 on average; None for all alike.
     """
     clean, layout = batch.clean, batch.layout
     shape = (len(clean), layout.draws * layout.frames // layout.chunk)
@@ -370,7 +370,7 @@ def velocity_error(
         context = blurred_context(clean if history is None else history, random)
         guess = batch.velocity(generator, context, noisy, sigmas, batch.prompts(generator))
     error = (guess - velocity).square().mean((1, 3, 4))
-    return error.mean() if weights is None else (error * weights.repeat(layout.draws)).mean()
+    return error.mean() if weights is None else (error * weights.repeat(1, layout.draws)).mean()
 
 
 def train(

@@ -4,8 +4,9 @@
 
 Classifier-free guidance moves the velocity of a first frame from that without a caption to that with one and beyond.
 Here a copy of the autoregressive teacher learns the guided velocity, so that whoever follows it needs no second pass,
-and goes on learning from the data how frames that have a past go on, also after a past that it has made itself. Writes
-``<root>/guided``, the transformer alone.
+and goes on learning from the data how frames that have a past go on, also after a past that it has made itself. With
+``--streams`` some of its pasts are long streams of :mod:`~causal_forcing.training.streams`. Writes ``<root>/guided``,
+the transformer alone.
 
 Source: Meng et al. 2023 (arXiv 2210.03142), the first of its two stages.
 """
@@ -18,9 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from causal_forcing.presets import Preset
+from causal_forcing.tokenizer import PAD_ID
 from causal_forcing.training.ar import DRAWS, Batch, Data, load_data, rehearsal, velocity_error
 from causal_forcing.training.cd import fixed_prompts
 from causal_forcing.training.loop import (
@@ -43,6 +46,7 @@ from causal_forcing.training.model import (
     load_generator,
     new_generator,
 )
+from causal_forcing.training.streams import Streams, load_streams
 from causal_forcing.training.teacher_forcing import Layout
 
 SCHEDULE = Schedule(steps=1000, learning_rate=8e-4, warmup=20, decay_from=0.3, ema=0.99)
@@ -64,6 +68,9 @@ RESAMPLED_FROM = 0.9
 RESAMPLINGS = 3
 """Most times that the past is made: first from the clips' own frames, then from what the student made of them."""
 
+STREAMED = 1 / 3
+"""Share of clips that are stretches of long streams, if there are any."""
+
 EARLY_FRAMES, EARLY_WEIGHT = 4, 3.0
 """How many frames after a clip's first count more, and how much: a shape that they lose does not come back."""
 
@@ -74,24 +81,35 @@ def draw_window(random: StepRandom) -> int:
     return int(random.numpy.integers(SINK_FRAMES + 2, WINDOW_FRAMES)) if flushed else WINDOW_FRAMES
 
 
-def frame_weights(frames: int, device: torch.device) -> Tensor:
+def frame_weights(frames: int, device: torch.device, *, early: float = EARLY_WEIGHT) -> Tensor:
     """Return how much each frame of a clip counts, ``[F]``, 1 on average.
 
     The first counts nothing: it is learnt from first frames by themselves, from the guided teacher.
     """
     weights = torch.ones(frames, device=device)
     weights[0] = 0
-    weights[1 : 1 + EARLY_FRAMES] = EARLY_WEIGHT
+    weights[1 : 1 + EARLY_FRAMES] = early
     return weights / weights.mean()
 
 
 def objective(
-    teacher: Generator, student: Generator, data: Data, layout: Layout, random: StepRandom, *, guidance: float
+    teacher: Generator,
+    student: Generator,
+    data: Data,
+    layout: Layout,
+    random: StepRandom,
+    *,
+    guidance: float,
+    streams: Streams | None = None,
 ) -> dict[str, Tensor]:
     """Return the student's velocity error: of clips against the data, of first frames against the guided teacher."""
     batch = data.batch(layout, random)
     history = resampled(student, batch, random, data.device)
-    weights = frame_weights(layout.frames, data.device.torch)
+    weights = frame_weights(layout.frames, data.device.torch).repeat(len(batch.clean), 1)
+    if streams is not None:
+        count = math.ceil(STREAMED * len(batch.clean))
+        batch, history = with_stretches(streams, count, batch, history, random)
+        weights[-count:] = frame_weights(layout.frames, data.device.torch, early=1)
     clips = velocity_error(student, batch, random, data.device, history=history, weights=weights)
     beginnings = guided_error(teacher, student, data.first_frames(random), random, data.device, guidance=guidance)
     return {"loss": clips + beginnings, "clips": clips.detach(), "beginnings": beginnings.detach()}
@@ -124,6 +142,24 @@ def resampled(student: Generator, batch: Batch, random: StepRandom, device: Devi
     return torch.cat([history, batch.clean[count:]])
 
 
+def with_stretches(
+    streams: Streams, count: int, batch: Batch, history: Tensor, random: StepRandom
+) -> tuple[Batch, Tensor]:
+    """Return a batch and its pasts with random stretches of streams instead of the last ``count`` clips."""
+    chosen = torch.from_numpy(random.numpy.integers(len(streams.values), size=count)).to(batch.clean.device)
+    ids, of_frame = streams.wordings.choose(chosen, batch.clean.shape[2], random.numpy)
+    kept = batch.leading(len(batch.clean) - count, draws=batch.layout.draws)
+    width = max(ids.shape[1], kept.ids.shape[1])
+    joined = replace(
+        batch,
+        clean=torch.cat([kept.clean, streams.values[chosen]]),
+        ids=torch.cat([F.pad(part, (0, width - part.shape[1]), value=PAD_ID) for part in (kept.ids, ids)]),
+        of_frame=torch.cat([kept.of_frame, of_frame]),
+        of_clean=torch.cat([kept.of_clean, of_frame]),
+    )
+    return joined, torch.cat([history[:-count], streams.histories[chosen]])
+
+
 def guided_error(
     teacher: Generator, student: Generator, batch: Batch, random: StepRandom, device: Device, *, guidance: float
 ) -> Tensor:
@@ -154,6 +190,7 @@ def train(
     begin: str = "ar",
     guide: str = "ar",
     guidance: float = GUIDANCE,
+    with_streams: bool = False,
 ) -> Run:
     """Train (or go on training) in ``root/guided`` and return the run.
 
@@ -170,16 +207,19 @@ def train(
         begin: Stage whose averaged weights the student begins with.
         guide: Stage of the teacher of first frames, with the text encoder of ``ar``.
         guidance: See :data:`GUIDANCE`.
+        with_streams: Whether some clips are stretches of :mod:`~causal_forcing.training.streams`.
     """
     teacher, student = (new_generator(root, seed, preset, device.torch) for _ in range(2))
     for generator in (teacher, student):
         generator.encoder.requires_grad_(False)
     moving = student.transformer_parameters
+    text_len = student.preset.text_encoder.text_len
+    streams = load_streams(root, student.tokenizer, text_len, device.torch) if with_streams else None
 
     def step_loss(data: Data, random: StepRandom) -> dict[str, Tensor]:
         shares = replace(data, clips=2 * data.clips, beginnings=-(-data.beginnings // 2))
         layout = data.layout(DRAWS, window=draw_window(random))
-        return objective(teacher, student, shares, layout, random, guidance=guidance)
+        return objective(teacher, student, shares, layout, random, guidance=guidance, streams=streams)
 
     data = load_data(root, student, device, wait=wait, warm_up=rehearsal(step_loss, moving, seed))
     if wait:
@@ -203,6 +243,7 @@ def main() -> None:
         default=GUIDANCE,
         help="strength; 1 if the guide is guided itself (default: %(default)s)",
     )
+    parser.add_argument("--streams", action="store_true", help="learn from stretches of long streams, too")
     arguments = parser.parse_args()
     device = start_process(arguments)
     run = train(
@@ -213,6 +254,7 @@ def main() -> None:
         begin=arguments.begin,
         guide=arguments.guide,
         guidance=arguments.guidance,
+        with_streams=arguments.streams,
     )
     raise SystemExit(run.exit_status)
 

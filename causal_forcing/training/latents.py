@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from causal_forcing.config import VaeConfig
+from causal_forcing.geometry import TEMPORAL_STRIDE
 from causal_forcing.tokenizer import Tokenizer
 from causal_forcing.training import captions, drawing, whole_clip, world
 from causal_forcing.training.loop import (
@@ -148,16 +149,28 @@ def write_shard(
     path: Path, shard: Shard, parameters: Mapping[str, Tensor], config: VaeConfig, device: Device = CPU
 ) -> None:
     """Draw, encode and write one shard: latents ``[N, 16, F, 8, 8]`` float32, scenes, and the clips' hash."""
-    encoded = []
-    pixels = drawing.draw(shard.pictures, device.torch)
-    step = (ENCODE_FRAMES if device.kind == "cpu" else GPU_ENCODE_FRAMES) * len(pixels) // SHARD_FRAMES
+    save_shard(path, shard, latents=encode(shard.pictures, parameters, config, device))
+
+
+def encode(
+    pictures: drawing.Pictures, parameters: Mapping[str, Tensor], config: VaeConfig, device: Device = CPU
+) -> Tensor:
+    """Return the latents of clips that are yet to be drawn, ``[N, 16, F, 8, 8]`` float32, not normalised."""
+    pixels = drawing.draw(pictures, device.torch)
+    clip_frames = -(-pixels.shape[1] // TEMPORAL_STRIDE)
+    together = max(2, (ENCODE_FRAMES if device.kind == "cpu" else GPU_ENCODE_FRAMES) // clip_frames)
     with torch.inference_mode(), device.autocast():
-        for start in range(0, len(shard.clips), step):
-            video = as_video(pixels[start : start + step])
-            encoded.append(whole_clip.encode(parameters, config, video)[0].float().contiguous())
+        parts = [
+            whole_clip.encode(parameters, config, as_video(part))[0].float().contiguous()
+            for part in torch.split(pixels, together)
+        ]
+    return torch.cat(parts).cpu()
+
+
+def save_shard(path: Path, shard: Shard, **tensors: Tensor) -> None:
+    """Write a shard's tensors, a row for each of its clips, with scenes and hash."""
     clips = json.dumps([clip.to_json() for clip in shard.clips])
-    latents = torch.cat(encoded).cpu()
-    save_file({"latents": latents}, path.with_suffix(".part"), {"clips": clips, "digest": shard.digest})
+    save_file(tensors, path.with_suffix(".part"), {"clips": clips, "digest": shard.digest})
     path.with_suffix(".part").replace(path)
 
 
@@ -180,13 +193,16 @@ class Latents:
     data_hash: str
 
 
-def load(folder: Path, device: torch.device | str = "cpu", *, like: Latents | None = None) -> Latents:
+def load(
+    folder: Path, device: torch.device | str = "cpu", *, like: Latents | None = None, tensor: str = "latents"
+) -> Latents:
     """Return all shards of a folder, the latents on a device.
 
     Args:
         folder: Of the shards.
         device: Where to put the latents.
         like: Whose mean and standard deviation to normalise by; None for their own.
+        tensor: Which of the shards' tensors.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -194,7 +210,7 @@ def load(folder: Path, device: torch.device | str = "cpu", *, like: Latents | No
     paths = sorted(folder.glob("shard-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no latents: run python -m causal_forcing.training.latents first")
-    values = torch.cat([load_file(path)["latents"].to(device) for path in paths])
+    values = torch.cat([load_file(path)[tensor].to(device) for path in paths])
     metadata = [read_metadata(path) for path in paths]
     clips = tuple(clip for entry in metadata for clip in _clips(entry))
     digest = hashlib.sha256("".join(entry["digest"] for entry in metadata).encode())

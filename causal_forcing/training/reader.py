@@ -171,7 +171,7 @@ def _read_shape(alpha: FloatArray, centre: FloatArray) -> str:
 
 def _template(shape: str, centre: FloatArray, area: float) -> FloatArray:
     radius = math.sqrt(area / _unit_area(shape))
-    offset = _TRIANGLE_OFFSET * radius if shape == "triangle" else 0.0
+    offset = TRIANGLE_OFFSET * radius if shape == "triangle" else 0.0
     track = np.array([[centre[0], centre[1] - offset, 1.0]], dtype=np.float32)
     cover: FloatArray = coverage(shape, track, radius)[0]
     return cover
@@ -184,7 +184,8 @@ def _measure(shape: str) -> tuple[float, float]:
 
 
 _UNIT_AREAS = {shape: _measure(shape)[0] for shape in SHAPES}
-_TRIANGLE_OFFSET = _measure("triangle")[1]
+TRIANGLE_OFFSET = _measure("triangle")[1]
+"""How far the centroid of a triangle lies below its centre, in outer radii."""
 
 
 def _unit_area(shape: str) -> float:

@@ -30,8 +30,10 @@ from causal_forcing.training import (
     lightvae,
     model,
     shipped,
+    streams,
     teacher_forcing,
     vae,
+    world,
 )
 from causal_forcing.training.loop import CPU, Device, Run, Schedule, add_arguments, read_log, step_rng
 from causal_forcing.training.optimizer import Optimizer, orthogonalise
@@ -362,6 +364,50 @@ def test_half_of_the_clips_follow_a_past_that_the_student_has_made(root, monkeyp
     assert torch.equal(guided.resampled(student, batch, step_rng(1, 1), CPU), batch.clean)
 
 
+def test_the_guided_copy_learns_what_long_streams_should_have_shown(root, tmp_path, monkeypatch):
+    branch(root, tmp_path)
+    monkeypatch.setattr(model, "get_preset", lambda _name: PRESET)
+    monkeypatch.setattr(streams, "SHARD_STREAMS", 3)
+    monkeypatch.setattr(streams, "STRETCHES", 2)
+    ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
+    lightvae.train(tmp_path, config=LIGHT, large_config=VAE, schedule=SCHEDULE, until=1)
+
+    def train(until):
+        return guided.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=until, guidance=1.0, with_streams=True)
+
+    with pytest.raises(FileNotFoundError, match="streams has no latents"):
+        train(1)
+    export.export(tmp_path, tmp_path / "out", stage="ar")
+    engine = Engine.load(model.embedded_preset(tmp_path), vae="lightvae", weights_dir=tmp_path / "out")
+    places = iter([None, None, *[world.Placement(16.0, 32.0, 0.0)] * 3, None])
+    monkeypatch.setattr(streams, "seen", lambda *_: next(places))
+    streams.build(tmp_path, engine, streams=2)
+    streams.build(tmp_path, engine, streams=2)  # nothing is missing: nobody looks again
+    student = model.new_generator(root, 5, PRESET)
+    made = streams.load_streams(tmp_path, student.tokenizer, 64)
+    assert made.histories.shape == made.values.shape == (4, 16, 5, 8, 8)  # the first stream was never read
+    assert torch.equal(made.histories[:, :, 0], made.values[:, :, 0])
+    assert ((made.histories - made.values)[:, :, 1:].flatten(1).square().mean(1) > 0.1).all()
+    data = dataclasses.replace(ar.load_data(root, student, CPU), clips=3)
+    batch = data.batch(data.layout(2), step_rng(1, 0))
+    joined, history = guided.with_stretches(made, 1, batch, batch.clean, step_rng(1, 1))
+    (chosen,) = (i for i in range(4) if torch.equal(joined.clean[2], made.values[i]))
+    assert torch.equal(history[2], made.histories[chosen])
+    known = made.wordings.ids.shape[-1]
+    assert any(torch.equal(joined.ids[4, :known], row) for row in made.wordings.ids[chosen, 0])
+    assert (joined.ids[4, known:] == PAD_ID).all()
+    assert not joined.of_frame[2].any()
+    assert not joined.of_clean[2].any()
+    for kept, before in ((joined.clean, batch.clean), (history, batch.clean), (joined.of_frame, batch.of_frame)):
+        assert torch.equal(kept[:2], before[:2])
+    assert torch.equal(joined.ids[:4, : batch.ids.shape[1]], batch.ids[:4])
+    assert joined.layout == batch.layout
+    train(2)
+    first = train(None).parameters
+    shutil.rmtree(tmp_path / "guided")
+    assert_same(train(None).parameters, first)
+
+
 def test_some_steps_read_few_frames_as_after_a_flush():
     windows = [guided.draw_window(step_rng(1, step)) for step in range(400)]
     assert {window for window in windows if window != model.WINDOW_FRAMES} == set(range(3, model.WINDOW_FRAMES))
@@ -421,9 +467,10 @@ def test_a_frame_counts_as_much_as_its_weight_says(root):
     def error(weights):
         return ar.velocity_error(generator, batch, step_rng(1, 2), CPU, weights=weights).item()
 
-    each = [error(torch.nn.functional.one_hot(torch.tensor(frame), 5) * 5.0) for frame in range(5)]
-    assert len(set(each)) == 5
-    assert error(None) == pytest.approx(sum(each) / 5, rel=1e-5)
+    each = torch.eye(10).view(10, 2, 5) * 10
+    errors = [error(weights) for weights in each]
+    assert len(set(errors)) == 10
+    assert error(None) == pytest.approx(sum(errors) / 10, rel=1e-5)
 
 
 def test_only_stages_that_train_the_generator_can_compile():

@@ -1,0 +1,223 @@
+"""Long streams of the generator's own, and how the world would go on instead: what drift looks like, and what is right.
+
+    python -m causal_forcing.training.streams --stage guided
+
+What wears off in a stream over a hundred frames no clip of the world shows, and a generator that sees its own worn past
+goes on with it. So streams are sampled through the production session, the place and phase of their object is read from
+the pixels of one stretch after the other, and what the world shows from there is drawn and encoded: the past as it was,
+and what should have come. Writes shards of both to ``<root>/streams``; finished shards are kept. Nothing that is held
+out is in them. Needs ``lightvae``, which draws what is read.
+
+Source: Ross et al. 2011 (arXiv 1011.0686): the learner's own states with an expert's answers. The expert is the world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from causal_forcing.config import VaeConfig
+from causal_forcing.engine import Engine
+from causal_forcing.tokenizer import Tokenizer
+from causal_forcing.training import captions, drawing, latents, whole_clip, world
+from causal_forcing.training.cohort import Cohort, decode, denormalised
+from causal_forcing.training.export import export
+from causal_forcing.training.latents import Clip, Wordings
+from causal_forcing.training.loop import DEFAULT_ROOT, step_rng
+from causal_forcing.training.model import GENERATORS, embedded_preset
+from causal_forcing.training.reader import MINIMUM_AREA, TRIANGLE_OFFSET, centroids, colour_layers
+from causal_forcing.vae.wan import WanVae
+
+STREAMS = 128
+SHARD_STREAMS = 16
+SEED = 13
+
+STRETCHES = 9
+"""Stretches of a stream, the first of them after a clip's length: most of what wears off does so by frame 100.
+
+With the stream's first frame, the sink, before it a stretch is as long as a clip.
+"""
+
+BEFORE = 5
+"""Latent frames before a stretch that are drawn along, for what decoder and encoder remember."""
+
+NEAR = 2.5
+"""Root mean square distance in pixels from a path of the world within which an object is on it."""
+
+CLEARLY = 1.0
+"""How many pixels nearer another phase has to be than the usual one for an object near that to be at the other."""
+
+FAR = 5.0
+"""The same from the nearest path, beyond which it is on none."""
+
+PHASES = 64
+"""Phases of a periodic motion that are tried."""
+
+WORDINGS = 4
+
+
+def start_of(
+    thing: world.Thing, places: world.FloatArray, sizes: world.FloatArray, at: NDArray[np.int64]
+) -> world.Placement | None:
+    """Return where a stream's object should have started for the world to go on as it is seen; None if it never would.
+
+    An object near a path that streams have is on it: phases and places that the model never saw are errors of its own.
+
+    Args:
+        thing: What is seen.
+        places: ``[T, 2]`` column and row of its centre in pixels, on the torus.
+        sizes: ``[T]`` its size relative to the usual one.
+        at: ``[T]`` pixel frames of the stream, ascending.
+    """
+    opening = world.OPENING_PHASES.get(thing.motion, 0.0)
+    phases = opening + 2 * math.pi * np.arange(PHASES if thing.motion in world.OPENING_PHASES else 1) / PHASES
+    found: list[tuple[float, float, world.Placement]] = []
+    for phase in phases.tolist():
+        path = world.path(thing.motion, world.Placement(0, 0, phase), int(at[-1]) + 1)[at]
+        angle = 2 * math.pi * (places - path[:, :2]) / world.SIDE
+        x, y = (np.angle(np.exp(1j * angle).mean(0)) / (2 * math.pi) * world.SIDE).tolist()
+        off = (places - path[:, :2] - (x, y) + world.SIDE / 2) % world.SIDE - world.SIDE / 2
+        distance = float(np.sqrt(np.square(off).sum(1).mean()))
+        growth = world.SIZES[thing.size] * float(np.sqrt(np.square(sizes - path[:, 2]).mean()))
+        found.append((distance + growth, distance, world.Placement(x, y, phase)))
+    error, distance, usual = found[0]
+    least, nearest, placement = min(found, key=lambda fit: fit[0])
+    if distance < NEAR and error < least + CLEARLY:
+        x, y = (world.PLACE_GRID * round(value / world.PLACE_GRID) for value in (usual.x, usual.y))
+        return replace(usual, x=float(x), y=float(y))
+    return placement if nearest < FAR else None
+
+
+def seen(thing: world.Thing, frames: NDArray[np.uint8], first: int) -> world.Placement | None:
+    """Return :func:`start_of` for an object in frames ``[T, 64, 64, 3]`` that begin at pixel frame ``first``."""
+    alpha = colour_layers((frames / 255).astype(np.float32))[list(world.COLOURS).index(thing.colour)]
+    area = alpha.sum((1, 2))
+    there = np.nonzero(area > MINIMUM_AREA)[0]
+    if 2 * len(there) < len(frames):
+        return None
+    places, sizes = centroids(alpha[there]), np.sqrt(area[there])
+    sizes /= np.median(sizes)
+    if thing.shape == "triangle":
+        places[:, 1] -= TRIANGLE_OFFSET * world.SIZES[thing.size] * sizes
+    return start_of(thing, places, sizes, first + there)
+
+
+def stretches(engine: Engine, scene: world.Scene, stream: Tensor) -> Iterator[tuple[Tensor, world.Segment]]:
+    """Iterate over a stream's stretches, and what should be on the screen from :data:`BEFORE` frames before each.
+
+    An object that cannot be read should be where it was going when it last could.
+
+    Args:
+        engine: Whose VAE draws what is read.
+        scene: What the stream should show, one object.
+        stream: ``[16, F, h, w]`` normalised latents.
+    """
+    start: world.Placement | None = None
+    length = latents.CLIP_FRAMES - 1
+    for first in range(1 + length, stream.shape[1], length):
+        stop = first + length
+        began = 4 * (first - BEFORE)  # decoded by itself, the first latent frame is one pixel frame, its last
+        frames = decode(engine, stream[None, :, first - BEFORE : stop])[0]
+        start = seen(scene.things[0], frames[-4 * length :], began + len(frames) - 4 * length) or start
+        if start is not None:
+            yield stream[:, first:stop], world.switch(world.Segment(scene, began, (start,)), scene, len(frames))
+
+
+def write_shard(path: Path, engine: Engine, encoder: whole_clip.Parameters, rng: np.random.Generator) -> None:
+    """Sample some streams and write their stretches, and what should have been there.
+
+    ``histories`` and ``latents`` are ``[N, 16, F, 8, 8]`` float32, not normalised, and begin with the stream's first
+    frame. The metadata are those of :func:`causal_forcing.training.latents.write_shard`.
+    """
+    large = engine.preset.vaes["wan"]
+    assert isinstance(engine.vae, WanVae)
+    assert isinstance(large, VaeConfig)
+    scenes = [world.draw_scene(rng) for _ in range(SHARD_STREAMS)]
+    cohort = Cohort(engine, engine.session_config(), rng.integers(2**31, size=SHARD_STREAMS).tolist())
+    cohort.update_prompt([captions.caption(scene, rng) for scene in scenes])
+    made = torch.cat(list(cohort.latents(1 + (latents.CLIP_FRAMES - 1) * (1 + STRETCHES))), dim=2)
+    sinks, went, clips, should_be = [], [], [], []
+    for scene, stream in zip(scenes, made, strict=True):
+        for stretch, segment in stretches(engine, scene, stream):
+            sinks.append(stream[:, :1])
+            went.append(stretch)
+            clips.append(Clip((scene,), latents.CLIP_FRAMES))
+            should_be.append([segment])
+    first, past = (denormalised(torch.stack(parts), engine.vae.config) for parts in (sinks, went))
+    shard = latents.Shard(tuple(clips), drawing.Pictures.of(should_be))
+    right = latents.encode(shard.pictures, encoder, large)[:, :, BEFORE:]
+    latents.save_shard(path, shard, latents=torch.cat([first, right], 2), histories=torch.cat([first, past], 2))
+
+
+def build(root: Path, engine: Engine, *, streams: int = STREAMS) -> None:
+    """Make the shards that are missing in ``root/streams``.
+
+    Args:
+        root: Training folder.
+        engine: The generator, its text encoder and a VAE of the Wan family.
+        streams: At least so many.
+    """
+    folder = root / "streams"
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = load_file(root / "vae" / "ema.safetensors")
+    for index in range(-(-streams // SHARD_STREAMS)):
+        path = folder / f"shard-{index:04d}.safetensors"
+        if not path.exists():
+            write_shard(path, engine, encoder, step_rng(SEED, index).numpy)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The stretches of a training folder in memory.
+
+    Attributes:
+        histories: ``[N, 16, F, h, w]`` normalised latents of the streams, their first frame and then a stretch.
+        values: The same with what should have been there.
+        wordings: Captions of each.
+    """
+
+    histories: Tensor
+    values: Tensor
+    wordings: Wordings
+
+
+def load_streams(root: Path, tokenizer: Tokenizer, text_len: int, device: torch.device | str = "cpu") -> Streams:
+    """Return all stretches, normalised as the clips are.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    clips = latents.load(root / "latents", device)
+    right, past = (latents.load(root / "streams", device, like=clips, tensor=name) for name in ("latents", "histories"))
+    wordings = latents.word(right.clips, tokenizer, text_len, wordings=WORDINGS, device=device)
+    return Streams(past.values, right.values, wordings)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
+    parser.add_argument(
+        "--stage", choices=GENERATORS, default="guided", help="whose averaged weights sample (default: %(default)s)"
+    )
+    parser.add_argument("--streams", type=int, default=STREAMS, help="streams altogether (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.root / "export"
+    export(arguments.root, folder, stage=arguments.stage)
+    engine = Engine.load(embedded_preset(arguments.root), vae="lightvae", weights_dir=folder)
+    build(arguments.root, engine, streams=arguments.streams)
+
+
+if __name__ == "__main__":
+    main()
