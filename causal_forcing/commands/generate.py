@@ -6,13 +6,12 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from tqdm import tqdm
@@ -59,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate the video and print how fast that was; return 0, or 130 if it was interrupted."""
+    """Generate the video and print how fast that was; return 0, or 130 (143) if it was interrupted."""
     request = read_request(args)
     device = choose_device(args.device)
     loras = [_parse_lora(text) for text in args.lora or ()]
     with ExitStack() as stack:
         meter = _meter(args.metrics_port, stack)
         writer = stack.enter_context(open_writer(request.output, metadata=request.notes()))
-        stop = stack.enter_context(_interrupts())
+        interrupts = stack.enter_context(Interrupts())
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
         startup = _start_up(quiet=args.quiet)
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         )
         with _progress_bar(request, quiet=args.quiet) as bar:
             meter.ready(startup.phases)
-            run = Run(request, engine, writer, bar, stop, meter=meter)
+            run = Run(request, engine, writer, bar, interrupts.asked, meter=meter)
             run.generate()
         if not writer.frame_count:
             raise KeyboardInterrupt
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         _save_record(run.record, request.save_record)
     print(run.speed.summary(writer))
     print(f"cold start {startup}")
-    return 130 if stop.is_set() else 0
+    return interrupts.status
 
 
 @dataclass
@@ -301,18 +300,30 @@ def _progress_bar(request: GenerateRequest, *, quiet: bool) -> tqdm[None]:
     return tqdm(total=total, unit="frame", disable=quiet, file=sys.stderr)
 
 
-@contextmanager
-def _interrupts() -> Iterator[Event]:
-    """Yield an event that the first Ctrl-C sets, so that what is finished is kept; a second one kills as usual."""
-    stop = Event()
-    before = signal.getsignal(signal.SIGINT)
+class Interrupts:
+    """A context in which the first Ctrl-C or SIGTERM only asks to stop, so that what is finished is kept.
 
-    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    A second signal ends the process as usual.
+
+    Attributes:
+        asked: Set by the first signal.
+        status: 128 and the number of that signal, 0 before it.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.status = Event(), 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self.status = 128 + number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.asked.set()

@@ -175,20 +175,24 @@ def test_a_record_continues_under_a_new_prompt(command, engine: Engine, tmp_path
     assert np.array_equal(pictures(tmp_path), frames_of(session, 2))
 
 
-def test_an_interrupt_keeps_what_is_finished(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_is_finished(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     taken: list[int] = []
 
     def interrupt_second(self: generate.Run, frames: np.ndarray) -> None:
         write(self, frames)
         taken.append(len(frames))
         if len(taken) == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     write = generate.Run._write
     monkeypatch.setattr(generate.Run, "_write", interrupt_second)
-    before = signal.getsignal(signal.SIGINT)
-    assert command("--prompt", "a fox", "--seconds", "60") == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    before = signal.getsignal(number)
+    assert command("--prompt", "a fox", "--seconds", "60") == 128 + number
+    assert signal.getsignal(number) is before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 5
 
