@@ -76,21 +76,31 @@ def load(root: Path) -> tuple[Tensor, Tensor]:
     return latents, frames
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sampling_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of a stage that samples from a generator."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
     parser.add_argument(
         "--stage", choices=GENERATORS, default="guided", help="whose averaged weights sample (default: %(default)s)"
     )
-    parser.add_argument("--clips", type=int, default=CLIPS, help="clips altogether (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
-    arguments = parser.parse_args()
+    return parser
+
+
+def sampling_engine(arguments: argparse.Namespace, vae: str) -> Engine:
+    """Return the engine of a stage with the options of :func:`sampling_parser`; its weights go to ``<root>/export``."""
     torch.set_num_threads(arguments.threads)
     folder = arguments.root / "export"
     export(arguments.root, folder, stage=arguments.stage)
-    engine = Engine.load(embedded_preset(arguments.root), vae="wan", weights_dir=folder)
-    build(arguments.root, engine, clips=arguments.clips)
+    return Engine.load(embedded_preset(arguments.root), vae=vae, weights_dir=folder)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = sampling_parser(__doc__)
+    parser.add_argument("--clips", type=int, default=CLIPS, help="clips altogether (default: %(default)s)")
+    arguments = parser.parse_args()
+    build(arguments.root, sampling_engine(arguments, "wan"), clips=arguments.clips)
 
 
 if __name__ == "__main__":

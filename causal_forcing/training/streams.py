@@ -13,7 +13,6 @@ Source: Ross et al. 2011 (arXiv 1011.0686): the learner's own states with an exp
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,10 +29,9 @@ from causal_forcing.engine import Engine
 from causal_forcing.tokenizer import Tokenizer
 from causal_forcing.training import captions, drawing, latents, whole_clip, world
 from causal_forcing.training.cohort import Cohort, decode, denormalised
-from causal_forcing.training.export import export
+from causal_forcing.training.generated import sampling_engine, sampling_parser
 from causal_forcing.training.latents import Clip, Wordings
-from causal_forcing.training.loop import DEFAULT_ROOT, step_rng
-from causal_forcing.training.model import GENERATORS, embedded_preset
+from causal_forcing.training.loop import step_rng
 from causal_forcing.training.reader import MINIMUM_AREA, TRIANGLE_OFFSET, centroids, colour_layers
 from causal_forcing.vae.wan import WanVae
 
@@ -152,6 +150,8 @@ def write_shard(path: Path, engine: Engine, encoder: whole_clip.Parameters, rng:
             went.append(stretch)
             clips.append(Clip((scene,), latents.CLIP_FRAMES))
             should_be.append([segment])
+    if not clips:
+        raise ValueError("no object of these streams could be read: the generator has not learnt enough to teach it so")
     first, past = (denormalised(torch.stack(parts), engine.vae.config) for parts in (sinks, went))
     shard = latents.Shard(tuple(clips), drawing.Pictures.of(should_be))
     right = latents.encode(shard.pictures, encoder, large)[:, :, BEFORE:]
@@ -196,6 +196,8 @@ def load_streams(root: Path, tokenizer: Tokenizer, text_len: int, device: torch.
     Raises:
         FileNotFoundError: If there are none.
     """
+    if not any((root / "streams").glob("shard-*.safetensors")):
+        raise FileNotFoundError(f"{root} has no streams: run python -m causal_forcing.training.streams first")
     clips = latents.load(root / "latents", device)
     right, past = (latents.load(root / "streams", device, like=clips, tensor=name) for name in ("latents", "histories"))
     wordings = latents.word(right.clips, tokenizer, text_len, wordings=WORDINGS, device=device)
@@ -204,19 +206,10 @@ def load_streams(root: Path, tokenizer: Tokenizer, text_len: int, device: torch.
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=DEFAULT_ROOT, help="folder of checkpoints and logs")
-    parser.add_argument(
-        "--stage", choices=GENERATORS, default="guided", help="whose averaged weights sample (default: %(default)s)"
-    )
+    parser = sampling_parser(__doc__)
     parser.add_argument("--streams", type=int, default=STREAMS, help="streams altogether (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: %(default)s)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = arguments.root / "export"
-    export(arguments.root, folder, stage=arguments.stage)
-    engine = Engine.load(embedded_preset(arguments.root), vae="lightvae", weights_dir=folder)
-    build(arguments.root, engine, streams=arguments.streams)
+    build(arguments.root, sampling_engine(arguments, "lightvae"), streams=arguments.streams)
 
 
 if __name__ == "__main__":

@@ -375,10 +375,14 @@ def test_the_guided_copy_learns_what_long_streams_should_have_shown(root, tmp_pa
     def train(until):
         return guided.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=until, guidance=1.0, with_streams=True)
 
-    with pytest.raises(FileNotFoundError, match="streams has no latents"):
+    with pytest.raises(FileNotFoundError, match=r"training\.streams"):
         train(1)
     export.export(tmp_path, tmp_path / "out", stage="ar")
     engine = Engine.load(model.embedded_preset(tmp_path), vae="lightvae", weights_dir=tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "seen", lambda *_: None)
+        with pytest.raises(ValueError, match="no object of these streams"):
+            streams.build(tmp_path, engine, streams=2)
     places = iter([None, None, *[world.Placement(16.0, 32.0, 0.0)] * 3, None])
     monkeypatch.setattr(streams, "seen", lambda *_: next(places))
     streams.build(tmp_path, engine, streams=2)
