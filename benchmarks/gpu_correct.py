@@ -241,10 +241,12 @@ def memory(bench: Bench) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats(bench.device)
     chunk = session.generate_chunk()
     bench.wait()
-    peak = torch.cuda.max_memory_allocated(bench.device)
+    peak_of_chunk = torch.cuda.max_memory_allocated(bench.device)
     torch.cuda.reset_peak_memory_stats(bench.device)
     session.decode(chunk)
     bench.wait()
+    peak_of_decode = torch.cuda.max_memory_allocated(bench.device)
+    peak = max(peak_of_chunk, peak_of_decode)
     plan = required_bytes(bench.preset, "wan", session.config, bench.dtype, text_encoder=False)
     weights = sum(p.nbytes for m in (engine.transformer, engine.vae) for p in m.parameters())  # type: ignore[union-attr]
     result = {
@@ -253,8 +255,8 @@ def memory(bench: Bench) -> dict[str, Any]:
         "session_nbytes": session.nbytes,
         "session_nbytes_by_part": session.state.nbytes_by_part(),
         "allocated_by_session_bytes": state,
-        "peak_of_chunk_bytes": peak,
-        "peak_of_decode_bytes": torch.cuda.max_memory_allocated(bench.device),
+        "peak_of_chunk_bytes": peak_of_chunk,
+        "peak_of_decode_bytes": peak_of_decode,
         "planned_bytes": plan.total_bytes,
         "plan": str(plan),
         "peak_over_plan": round(peak / plan.total_bytes, 4),

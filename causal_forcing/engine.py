@@ -76,6 +76,7 @@ class Engine:
         quantization: str | None = None,
         compiled: bool = False,
         session: SessionConfig | None = None,
+        given_frames: int = 0,
         startup: StartUp | None = None,
     ) -> Engine:
         """Return an engine with its weights loaded, strictly.
@@ -91,6 +92,7 @@ class Engine:
             quantization: ``fp8_e4m3fn`` for 8-bit linear layers on GPUs that compute in it.
             compiled: Whether to compile the generator's passes, and warm them up for ``session`` (minutes on a CPU).
             session: What one session will ask for, which must fit beside the weights; None means the preset's defaults.
+            given_frames: Latent frames that it may begin with, whose encoding must fit, too: 1 for a picture.
             startup: Is told how long loading and compiling took, and how far the warm-up is.
 
         Raises:
@@ -104,7 +106,8 @@ class Engine:
         if compiled:
             require_compiler(device)
         dtype = dtype or default_dtype(device)
-        needed = required_bytes(preset, vae, session or preset.session_config(), dtype, text_encoder=text_encoder)
+        config = session or preset.session_config()
+        needed = required_bytes(preset, vae, config, dtype, text_encoder=text_encoder, given_frames=given_frames)
         require_memory(needed, device, free=free_bytes)
         startup = startup or StartUp()
         with startup.phase("load"):

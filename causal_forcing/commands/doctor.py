@@ -135,9 +135,9 @@ def _examine_preset(preset: Preset, device: torch.device, weights_dir: Path, flo
     missing = [] if preset.embedded else _missing_parts(preset, weights_dir)
     return {
         "name": preset.name,
-        "needs_bytes": plan.total_bytes,
+        "needs_bytes": plan.needed_bytes,
         "arithmetic": str(plan),
-        "fits": plan.total_bytes <= free_bytes(device),
+        "fits": plan.needed_bytes <= free_bytes(device),
         "chunk_tflop": round(flops / 1e12, 4),
         "decode_tflop": round(decode / 1e12, 4),
         "fps_at_most": float(f"{frames * flops_per_s / flops:.3g}"),

@@ -12,7 +12,7 @@ from causal_forcing.weights.inspection import Inspection, inspect_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `inspect`."""
     parser.add_argument("file", type=Path, help="weight file, or folder in the format of Diffusers")
-    parser.add_argument("--entry", help="top-level entry of a training checkpoint to prefer, e.g. generator_ema")
+    parser.add_argument("--entry", help="top-level entry of a training checkpoint, e.g. generator_ema")
     parser.add_argument("--check-values", action="store_true", help="also read every tensor and look for NaN")
 
 

@@ -41,14 +41,15 @@ def convert(
 
     Raises:
         BadCheckpoint: If the source is not a whole, finite model that is known here.
-        InvalidRequest: If the destination exists, is not named ``.safetensors``, or its disk is too full.
+        InvalidRequest: If the destination exists, is not named ``.safetensors``, or its disk is too full; or the source
+            has no such entry.
     """
     destination = destination or _beside(source)
     if destination.suffix != ".safetensors":
         raise InvalidRequest("destination", str(destination), "must end in .safetensors")
     if destination.exists() and not overwrite:
         raise InvalidRequest("destination", str(destination), "must not exist yet, or overwriting must be asked for")
-    checkpoint = open_checkpoint(source, entry=entry)
+    checkpoint = open_checkpoint(source, entry=entry, any_entry=False)
     names = _our_names(checkpoint)
     infos = {
         ours: TensorInfo(checkpoint.tensors[name].shape, _new_dtype(checkpoint.tensors[name].dtype, dtype))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,6 @@ class PlannedFile:
         target: Where it goes.
         present: Whether a file of the right size is there already; it is verified, not fetched.
         missing_bytes: Bytes that had to be fetched when the download was planned.
-        url: What to fetch, or None when nothing is fetched.
         etag: The Hub's identifier of the contents, or None when the Hub was not asked.
     """
 
@@ -42,13 +42,18 @@ class PlannedFile:
     target: Path
     present: bool
     missing_bytes: int = 0
-    url: str | None = None
     etag: str | None = None
 
     @property
     def partial(self) -> Path:
         """Where an unfinished download is kept, to be resumed."""
         return self.target.with_name(f".{self.target.name}.{(self.etag or 'unknown')[:16]}.partial")
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of an unfinished download to go on from: none if it is longer than the file, so not the file's."""
+        kept = self.partial.stat().st_size if self.partial.exists() else 0
+        return kept if kept <= (self.file.size_bytes or kept) else 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def download(
         preset: Which model.
         destination: Folder of weights; None takes the default one.
         parts: Which parts; names that a preset does not have are an error, except in the default.
-        revisions: Commit to take by repository, for files whose commit is not known here.
+        revisions: Commit to take by repository, for files whose commit is not known here; each must be one that the
+            parts come from.
         allow_unpinned: Whether files without any known commit or hash may be fetched from the repository's main branch.
         offline: Whether to stay off the network (as ``HF_HUB_OFFLINE=1`` does): present files are verified, missing
             ones are an error.
@@ -121,7 +127,8 @@ def download(
         on_progress: Called every few megabytes.
 
     Raises:
-        InvalidRequest: If a part does not exist, a file is not pinned, or the disk is too full.
+        InvalidRequest: If a part does not exist, no part comes from a repository in ``revisions``, a file is not
+            pinned, or the disk is too full.
         DownloadFailed: If the network or the Hub refuses.
         BadCheckpoint: If a file has another size or hash than it must have.
     """
@@ -130,12 +137,13 @@ def download(
     offline = offline or is_offline_mode()
     folder = destination or default_weights_dir()
     chosen = _choose_parts(preset, parts)
+    _require_used(revisions or {}, {file.repo for _, file in chosen})
     files = [(part, _pin(part, file, revisions or {}, allow_unpinned)) for part, file in chosen]
     plan = DownloadPlan(preset.name, tuple(_plan(part, file, folder, offline, endpoint) for part, file in files))
     if on_plan is not None:
         on_plan(plan)
     require_disk(folder, plan.missing_bytes)
-    return [_fetch_and_verify(planned, on_progress) for planned in plan.files]
+    return [_fetch_and_verify(planned, endpoint, on_progress) for planned in plan.files]
 
 
 def _choose_parts(preset: Preset, parts: Sequence[str]) -> list[tuple[str, CheckpointFile]]:
@@ -148,6 +156,11 @@ def _choose_parts(preset: Preset, parts: Sequence[str]) -> list[tuple[str, Check
         if unknown or not parts:
             raise InvalidRequest("parts", unknown or list(parts), f"preset {preset.name} has {', '.join(files)}")
     return [(part, files[part]) for part in parts if part in files]
+
+
+def _require_used(revisions: Mapping[str, str], repos: Iterable[str]) -> None:
+    if unused := sorted(revisions.keys() - set(repos)):
+        raise InvalidRequest("revisions", unused, f"the files come from {', '.join(sorted(repos))}")
 
 
 def _pin(part: str, file: CheckpointFile, revisions: Mapping[str, str], allow_unpinned: bool) -> CheckpointFile:
@@ -176,17 +189,16 @@ def _plan(part: str, file: CheckpointFile, folder: Path, offline: bool, endpoint
     if offline:
         state = "has another size than it must have" if target.is_file() else "is not there"
         raise BadCheckpoint(f"{target}: {state}, and the network is off limits", reason="CHECKPOINT_MISSING")
-    complete, url, etag = _ask_hub(file, endpoint)
+    complete, _, etag = _ask_hub(file, endpoint)
     present = target.is_file() and target.stat().st_size == complete.size_bytes
-    planned = PlannedFile(part, complete, target, present, url=url, etag=etag)
+    planned = PlannedFile(part, complete, target, present, etag=etag)
     if present:
         return planned
-    have = planned.partial.stat().st_size if planned.partial.exists() else 0
-    return replace(planned, missing_bytes=max(0, (complete.size_bytes or 0) - have))
+    return replace(planned, missing_bytes=max(0, (complete.size_bytes or 0) - planned.kept_bytes))
 
 
 def _ask_hub(file: CheckpointFile, endpoint: str | None) -> tuple[CheckpointFile, str, str | None]:
-    """Return the file completed by what the Hub says of it, where to fetch it, and its etag."""
+    """Return the file completed by what the Hub says of it, where to fetch it (some links expire), and its etag."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(file.repo, file.path, revision=file.revision, endpoint=endpoint)
@@ -207,14 +219,14 @@ def _ask_hub(file: CheckpointFile, endpoint: str | None) -> tuple[CheckpointFile
     return complete, said.location, said.etag
 
 
-def _fetch_and_verify(planned: PlannedFile, on_progress: OnProgress | None) -> PlannedFile:
+def _fetch_and_verify(planned: PlannedFile, endpoint: str | None, on_progress: OnProgress | None) -> PlannedFile:
     report = _reporter(planned, on_progress)
     if planned.present:
         _verify(planned.target, planned.file, report)
         return planned
     partial = planned.partial
     partial.parent.mkdir(parents=True, exist_ok=True)
-    _fetch(planned, report)
+    _fetch(planned, endpoint, report)
     try:
         _verify(partial, planned.file, report)
     except BadCheckpoint:
@@ -225,7 +237,7 @@ def _fetch_and_verify(planned: PlannedFile, on_progress: OnProgress | None) -> P
 
 
 class _CountingFile:
-    """A file that reports how much was written."""
+    """What `http_get` uses of a file; reports how much of it there is."""
 
     def __init__(self, file: BinaryIO, report: Callable[[str, int], None]) -> None:
         self._file, self._report = file, report
@@ -238,22 +250,31 @@ class _CountingFile:
     def tell(self) -> int:
         return self._file.tell()
 
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
 
-def _fetch(planned: PlannedFile, report: Callable[[str, int], None]) -> None:
+    def truncate(self) -> int:
+        kept = self._file.truncate()
+        self._report("fetch", kept)
+        return kept
+
+
+def _fetch(planned: PlannedFile, endpoint: str | None, report: Callable[[str, int], None]) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-    assert planned.url is not None
+    _, url, _ = _ask_hub(planned.file, endpoint)  # the link of the plan may have expired
     with planned.partial.open("ab") as file, _hub_errors(planned.file):
+        file.seek(file.truncate(planned.kept_bytes))
         report("fetch", file.tell())
         disable_progress_bars("huggingface_hub.http_get")  # progress goes through the callback
         try:
             http_get(
-                planned.url,
+                url,
                 cast("BinaryIO", _CountingFile(file, report)),
                 resume_size=file.tell(),
-                headers=build_hf_headers() if _is_hub(planned.url) else {},
+                headers=build_hf_headers() if _is_hub(url) else {},
                 expected_size=planned.file.size_bytes,
             )
         finally:
@@ -288,7 +309,7 @@ def _reporter(planned: PlannedFile, on_progress: OnProgress | None) -> Callable[
 
     def report(phase: str, done: int) -> None:
         nonlocal last
-        is_news = phase != last[0] or done - last[1] >= _BLOCK_BYTES or done == planned.file.size_bytes
+        is_news = phase != last[0] or not 0 <= done - last[1] < _BLOCK_BYTES or done == planned.file.size_bytes
         if on_progress is not None and is_news:
             last = (phase, done)
             on_progress(Progress(planned.part, planned.target, phase, done, planned.file.size_bytes))

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from causal_forcing.errors import BadCheckpoint
+from causal_forcing.errors import BadCheckpoint, InvalidRequest
 from causal_forcing.weights.keys import strip_prefixes
 
 ENTRIES = ("generator_ema", "generator", "model", "state_dict", "generator_lora")
@@ -97,16 +97,20 @@ class Checkpoint:
         return (tensor.to(torch.float32) * scale).to(torch.bfloat16)
 
 
-def open_checkpoint(path: Path, *, entry: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, *, entry: str | None = None, any_entry: bool = True) -> Checkpoint:
     """Open a weight file or a Diffusers-format folder without reading its tensors.
 
     Args:
         path: A ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` file, or a folder with one model in it.
-        entry: Preferred top-level entry of a torch file; the others are tried after it.
+        entry: Preferred top-level entry of a torch file.
+        any_entry: Whether another entry, or a file without entries, will do.
 
     Raises:
+        InvalidRequest: If the file lacks the entry and no other will do.
         BadCheckpoint: If it is missing, truncated, not a weight file, or contains anything but tensors.
     """
+    if entry is not None and not any_entry and (path.is_dir() or path.suffix == ".safetensors"):
+        raise InvalidRequest("entry", entry, f"{path} has no entries: only torch files have")
     if path.is_dir():
         stored, read, metadata, kind = _open_folder(path)
         found: str | None = None
@@ -116,7 +120,7 @@ def open_checkpoint(path: Path, *, entry: str | None = None) -> Checkpoint:
         stored, read, metadata, kind = *_open_safetensors(path), "safetensors"
         found = None
     else:
-        tensors, found = _open_torch(path, entry)
+        tensors, found = _choose_entry(path, _open_torch(path), entry, any_entry=any_entry)
         stored = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
         read, metadata, kind = tensors.__getitem__, {}, "torch"
     names = _strip_all(path, stored)
@@ -237,20 +241,19 @@ def _open_shards(folder: Path, index: Path) -> _Opened:
     return infos, lambda name: opened[weight_map[name]][1](name), {}
 
 
-def _open_torch(path: Path, entry: str | None) -> tuple[dict[str, Tensor], str | None]:
-    if not zipfile.is_zipfile(path):
-        raise _not_a_zip(path)
+def _open_torch(path: Path) -> object:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if zipfile.is_zipfile(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"refers to {refused[1]}" if refused else "contains more than tensors"
         message = f"{path}: {what} and was not opened, because unpickling it could run code"
         raise BadCheckpoint(message, reason="CHECKPOINT_UNSAFE") from None
-    except (RuntimeError, OSError, EOFError) as error:
-        first = str(error).partition("\n")[0]
+    except Exception as error:  # noqa: BLE001  (one wrong bit in a pickle, and torch raises nearly anything)
+        first = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise BadCheckpoint(f"{path}: not a whole torch file ({first})", reason="CHECKPOINT_DAMAGED") from None
-    return _choose_entry(path, content, entry)
+    raise _not_a_zip(path)
 
 
 def _not_a_zip(path: Path) -> BadCheckpoint:
@@ -263,9 +266,14 @@ def _not_a_zip(path: Path) -> BadCheckpoint:
     return BadCheckpoint(f"{path}: {what}; delete it and fetch it again", reason="CHECKPOINT_DAMAGED")
 
 
-def _choose_entry(path: Path, content: object, entry: str | None) -> tuple[dict[str, Tensor], str | None]:
+def _choose_entry(
+    path: Path, content: object, entry: str | None, *, any_entry: bool
+) -> tuple[dict[str, Tensor], str | None]:
     if not isinstance(content, Mapping):
         raise BadCheckpoint(f"{path}: holds a {type(content).__name__}, not named tensors")
+    if entry is not None and not any_entry and not isinstance(content.get(entry), Mapping):
+        entries = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
+        raise InvalidRequest("entry", entry, f"{path} has {', '.join(entries) or 'no entries'}")
     for name in (entry, *ENTRIES):
         if name is not None and isinstance(content.get(name), Mapping):
             return _require_tensors(path, content[name]), name

@@ -66,11 +66,14 @@ def inspect_file(path: Path, *, entry: str | None = None, check_values: bool = F
 
     Args:
         path: The file or folder.
-        entry: Top-level entry of a torch file to prefer.
+        entry: Top-level entry of a torch file to look at; None takes the first that is known.
         check_values: Also read every tensor and look for NaN and infinity.
+
+    Raises:
+        InvalidRequest: If the file has no such entry.
     """
     try:
-        checkpoint = open_checkpoint(path, entry=entry)
+        checkpoint = open_checkpoint(path, entry=entry, any_entry=False)
     except BadCheckpoint as error:
         return Inspection(path, None, None, None, None, (), 0, 0, 0, {}, None, (), {}, (error.message,))
     layout = recognise(checkpoint.tensors)

@@ -23,7 +23,7 @@ MAX_SCALE = 10.0
 
 _DOWN = r"lora_A|lora_down|lora\.down"
 _UP = r"lora_B|lora_up|lora\.up"
-_KEY = re.compile(rf"(?P<module>.+?)\.(?:(?P<down>{_DOWN})|(?P<up>{_UP}))(?:\.[A-Za-z_]\w*?)?(?:\.weight)?")
+_KEY = re.compile(rf"(?P<module>.+?)\.(?:(?P<down>{_DOWN})|(?P<up>{_UP}))(?:\.(?!bias$)[A-Za-z_]\w*?)?(?:\.weight)?")
 _LEADING = re.compile(r"^(?:base_model\.|model\.|transformer\.|diffusion_model\.|module\.|unet\.)+")
 _KOHYA = re.compile(r"^lora_(?:unet|transformer)_+(?:diffusion_model_|model_)?")
 
@@ -80,21 +80,22 @@ def read_lora(lora: LoraFile, weight_shapes: Mapping[str, tuple[int, ...]]) -> d
         weight_shapes: Shape of every weight of the model, by our names.
 
     Raises:
-        BadCheckpoint: If a tensor fits no weight, a pair is incomplete, a shape does not fit, or
-            a value is not finite; nothing is skipped.
+        BadCheckpoint: If a tensor fits no weight, two are the same half of one update (several adapters), a pair is
+            incomplete, a shape does not fit, or a value is not finite; nothing is skipped.
     """
     checkpoint = open_checkpoint(lora.path, entry="generator_lora")
-    pairs, alphas = _collect(checkpoint, _module_names(weight_shapes))
-    if not pairs:
+    found = _collect(checkpoint, _module_names(weight_shapes))
+    if all(parts.keys() == {"alpha"} for parts in found.values()):
         raise BadCheckpoint(f"{lora.path}: holds no LoRA tensors (lora_A/lora_B, lora_down/lora_up)")
     updates: dict[str, LoraUpdate] = {}
-    for module, pair in pairs.items():
-        if set(pair) != {"down", "up"}:
-            raise BadCheckpoint(f"{lora.path}: {module} has only its {next(iter(pair))} half")
-        down, up = (require_finite(checkpoint.read(pair[x]), f"{lora.path}: {pair[x]}") for x in ("down", "up"))
+    for module, parts in found.items():
+        missing = [half for half in ("down", "up") if half not in parts]
+        if missing:
+            raise BadCheckpoint(f"{lora.path}: {module} has no {' and no '.join(missing)} half")
+        down, up = (require_finite(checkpoint.read(parts[x]), f"{lora.path}: {parts[x]}") for x in ("down", "up"))
         _require_fit(lora.path, module, (down, up), weight_shapes[f"{module}.weight"])
         rank = down.shape[0]
-        alpha = float(checkpoint.read(alphas[module])) if module in alphas else float(rank)
+        alpha = _read_alpha(checkpoint, parts["alpha"]) if "alpha" in parts else float(rank)
         updates[f"{module}.weight"] = LoraUpdate(down, up, lora.scale * alpha / rank)
     return updates
 
@@ -112,9 +113,9 @@ def _module_names(weight_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str
     return names
 
 
-def _collect(checkpoint: Checkpoint, modules: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    pairs: dict[str, dict[str, str]] = {}
-    alphas: dict[str, str] = {}
+def _collect(checkpoint: Checkpoint, modules: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return the names of each updated module's tensors, by what they are: ``down``, ``up``, ``alpha``."""
+    found: dict[str, dict[str, str]] = {}
     unmatched: list[str] = []
     for name in checkpoint.tensors:
         match = _KEY.fullmatch(name)
@@ -122,23 +123,32 @@ def _collect(checkpoint: Checkpoint, modules: Mapping[str, str]) -> tuple[dict[s
         ours = modules.get(_KOHYA.sub("", _LEADING.sub("", owner)))
         if ours is None:
             unmatched.append(name)
-        elif match is None:
-            alphas[ours] = name
-        else:
-            pairs.setdefault(ours, {})["down" if match["down"] else "up"] = name
+            continue
+        part = "alpha" if match is None else "down" if match["down"] else "up"
+        first = found.setdefault(ours, {}).setdefault(part, name)
+        if first != name:
+            raise BadCheckpoint(f"{checkpoint.path}: both {first} and {name} update {ours}; it must hold one adapter")
     if unmatched:
         raise BadCheckpoint(
             f"{checkpoint.path}: {len(unmatched)} of {len(checkpoint.tensors)} tensors fit no weight of this model: "
             f"{', '.join(unmatched[:3])}; it was made for another model or is another kind of adapter"
         )
-    return pairs, alphas
+    return found
+
+
+def _read_alpha(checkpoint: Checkpoint, name: str) -> float:
+    what = f"{checkpoint.path}: {name}"
+    alpha = require_finite(checkpoint.read(name), what)
+    if alpha.numel() != 1:
+        raise BadCheckpoint(f"{what} is {list(alpha.shape)}, must be one number")
+    return float(alpha)
 
 
 def _require_fit(path: Path, module: str, pair: Iterable[Tensor], shape: tuple[int, ...]) -> None:
     down, up = pair
-    inner = math.prod(shape[1:])
-    if up.shape[0] != shape[0] or down.flatten(1).shape[1] != inner or up.flatten(1).shape[1] != down.shape[0]:
+    rank = down.shape[0] if min(down.dim(), up.dim()) > 1 else 0
+    if not rank or down.flatten(1).shape != (rank, math.prod(shape[1:])) or up.flatten(1).shape != (shape[0], rank):
         raise BadCheckpoint(
             f"{path}: {module} is {list(up.shape)} x {list(down.shape)}, which does not give {list(shape)}; "
-            "it was made for another size of the model"
+            "it was made for another size of the model, or is damaged"
         )

@@ -14,15 +14,19 @@ from causal_forcing.config import SessionConfig
 from causal_forcing.errors import OutOfMemory
 from causal_forcing.kv_cache import CacheLayout, KeyValueCache
 from causal_forcing.presets import Preset
-from causal_forcing.text_encoder import build_encoder
+from causal_forcing.text_encoder import DEFAULT_CACHE_BYTES, build_encoder
 from causal_forcing.transformer import CausalTransformer
 from causal_forcing.weights.loading import build_vae
+from causal_forcing.weights.working_set import decoding_bytes, encoding_bytes
 
 RESERVE_BYTES = 256 * 2**20
 """What is left to the runtime."""
 
 ACTIVATIONS = "one block's activations"
-"""Name of the item of a plan that is needed only while a chunk is made."""
+"""Name of the item of a plan without a VAE that is needed only while a chunk is made."""
+
+PROMPT_CACHE = "kept prompts"
+"""Name of the item for the embeddings that a text encoder keeps, once it has seen many prompts."""
 
 _META = torch.device("meta")
 
@@ -42,6 +46,11 @@ class MemoryPlan:
         """Sum of the items."""
         return sum(size for _, size in self.items)
 
+    @property
+    def needed_bytes(self) -> int:
+        """What a device must have free: the sum, and what is left to the runtime."""
+        return self.total_bytes + RESERVE_BYTES
+
     def __str__(self) -> str:
         """Return the sum, e.g. ``generator 2.84 GB + ... = 8.1 GB``."""
         terms = " + ".join(f"{what} {_shown(size)}" for what, size in self.items if size)
@@ -56,8 +65,11 @@ def required_bytes(
     *,
     text_encoder: bool = True,
     sessions: int = 1,
+    given_frames: int = 0,
 ) -> MemoryPlan:
     """Return the memory that an engine and its sessions need, from modules and states built on the meta device.
+
+    A chunk is made, a chunk is decoded, or given frames are encoded, one after the other: the largest of these counts.
 
     Args:
         preset: Which model.
@@ -66,6 +78,7 @@ def required_bytes(
         dtype: Of weights and caches.
         text_encoder: Whether the text encoder is loaded here too.
         sessions: Sessions at a time; 0 for the engine alone.
+        given_frames: Latent frames that a session may begin with, encoded and decoded here at once; 0 where none are.
 
     Raises:
         InvalidRequest: If the preset has no such VAE.
@@ -74,19 +87,25 @@ def required_bytes(
     with _META:
         items = [("generator weights", _weight_bytes(CausalTransformer(sizes), dtype))]
     keys_and_values, cross = cache_bytes(preset, config, dtype)
-    decoder = 0
+    decoder, work = 0, {ACTIVATIONS: _activation_bytes(preset, config, dtype)}
     if vae is not None:
-        module, _ = build_vae(preset.vae_config(vae))
+        vae_sizes = preset.vae_config(vae)
+        module, _ = build_vae(vae_sizes)
         items.append((f"VAE weights ({vae})", _weight_bytes(module, dtype)))
         decoder = module.new_decoder_state(config.geometry, device=_META, dtype=dtype).nbytes
+        latent_frames = max(preset.chunk_frames, given_frames)
+        work["decoding"] = decoding_bytes(vae_sizes, config.geometry, dtype, latent_frames)
+        if given_frames:
+            work["encoding of given frames"] = encoding_bytes(vae_sizes, config.geometry, dtype, given_frames)
     if text_encoder:
         items.append(("text encoder weights", _weight_bytes(build_encoder(preset.text_encoder, _META), dtype)))
+        items.append((PROMPT_CACHE, DEFAULT_CACHE_BYTES))
     times = f"{sessions} x " if sessions != 1 else ""
     items += [
         (f"{times}keys and values of {config.cache_frames} frames", sessions * keys_and_values),
         (f"{times}prompt keys and values", sessions * cross),
         (f"{times}decoder state", sessions * decoder),
-        (ACTIVATIONS, _activation_bytes(preset, config, dtype)),
+        max(work.items(), key=lambda item: item[1]),
     ]
     return MemoryPlan(tuple(items))
 
@@ -138,12 +157,12 @@ def require_memory(
         OutOfMemory: With the arithmetic in its message, and what would make it fit.
     """
     available = free(device)
-    if plan.total_bytes + RESERVE_BYTES <= available:
+    if plan.needed_bytes <= available:
         return
     raise OutOfMemory(
         f"{device} has {_shown(available)} free, but {plan} is needed, and {_shown(RESERVE_BYTES)} for the runtime; "
         "a smaller window_frames, height or width, a lighter VAE, bfloat16, or a text encoder elsewhere needs less",
-        metadata={"needed_bytes": str(plan.total_bytes + RESERVE_BYTES), "free_bytes": str(available)},
+        metadata={"needed_bytes": str(plan.needed_bytes), "free_bytes": str(available)},
     )
 
 

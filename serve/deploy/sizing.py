@@ -69,7 +69,7 @@ def _simulated() -> dict[str, Footprint]:
 
 def _computing(config: ServiceConfig) -> dict[str, Footprint]:
     from causal_forcing.weights.loading import default_dtype
-    from causal_forcing.weights.memory import required_bytes
+    from causal_forcing.weights.memory import PROMPT_CACHE, required_bytes
 
     preset = config.model_preset
     height, width = _largest(config)
@@ -80,7 +80,7 @@ def _computing(config: ServiceConfig) -> dict[str, Footprint]:
     whole = dict(required_bytes(preset, config.vae, session, dtype).items)
     decoder = whole[f"VAE weights ({config.vae})"] + config.vae_decoder.cache_bytes + _decoding_bytes(config)
     device = {
-        "TextEncoder": whole["text encoder weights"],
+        "TextEncoder": whole["text encoder weights"] + whole[PROMPT_CACHE],
         "Generator": alone.total_bytes,
         "VaeDecoder": decoder,
     }

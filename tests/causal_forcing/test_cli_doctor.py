@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,10 @@ import torch._inductor.config
 from causal_forcing.arithmetic import pass_flops
 from causal_forcing.cli import main
 from causal_forcing.commands import doctor
+from causal_forcing.errors import OutOfMemory
 from causal_forcing.presets import PRESETS, WAN_1_3B
 from causal_forcing.startup import StartUp
+from causal_forcing.weights.memory import require_memory, required_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,16 @@ def test_a_model_that_needs_more_than_there_is_does_not_fit(capsys, tmp_path, mo
     presets = {preset["name"]: preset for preset in examined(capsys, tmp_path)["presets"]}
     assert not presets["wan-14b"]["fits"]
     assert presets["tiny"]["fits"]
+
+
+def test_what_fits_is_what_would_be_loaded(capsys, tmp_path, monkeypatch):
+    plan = required_bytes(PRESETS["tiny"], "wan", PRESETS["tiny"].session_config(), torch.float32)
+    for free, fits in ((plan.needed_bytes, True), (plan.needed_bytes - 1, False)):
+        monkeypatch.setattr(doctor, "free_bytes", lambda _device, free=free: free)
+        (tiny,) = (p for p in doctor.examine(torch.device("cpu"), tmp_path)["presets"] if p["name"] == "tiny")
+        assert (tiny["fits"], tiny["needs_bytes"]) == (fits, plan.needed_bytes)
+        with nullcontext() if fits else pytest.raises(OutOfMemory):
+            require_memory(plan, "cpu", free=doctor.free_bytes)
 
 
 def test_people_read_the_command_that_fixes_it_and_what_a_start_takes(capsys, tmp_path):

@@ -57,6 +57,7 @@ def test_a_damaged_file_is_an_error(weights: Path, capsys: pytest.CaptureFixture
         ("causal-forcing-framewise --part engine", 2, "parts: got ['engine']; preset causal-forcing-framewise has"),
         ("causal-forcing-framewise --offline", 1, "is not there, and the network is off limits (CHECKPOINT_MISSING)"),
         ("longlive --offline", 2, "has no commit or hash known to this program"),
+        (f"longlive --revision typo/repo={'0' * 40}", 2, "revisions: got ['typo/repo']; the files come from "),
         ("longlive --revision main", 2, "revision: got 'main'; must be REPO=COMMIT"),
     ],
 )

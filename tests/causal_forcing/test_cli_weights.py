@@ -57,6 +57,15 @@ def test_inspect_says_what_a_file_holds(checkpoint: Path, capsys: pytest.Capture
         assert part in shown
 
 
+@pytest.mark.parametrize("command", ["convert", "inspect"])
+def test_an_entry_that_is_not_there_is_an_error(
+    command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, str(checkpoint), "--entry", "generator_emma"]) == 2
+    assert f"entry: got 'generator_emma'; {checkpoint} has generator, generator_ema" in capsys.readouterr().err
+    assert not checkpoint.with_suffix(".safetensors").exists()
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "not finite"])
 def test_inspect_says_why_a_file_would_not_load(
     damage: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]

@@ -18,15 +18,26 @@ REPO = "owner/name"
 
 @dataclass
 class Hub:
-    """The part of the Hugging Face protocol that downloads use: HEAD and ranged GET of ``/resolve/``."""
+    """The part of the Hugging Face protocol that downloads use: HEAD and ranged GET of ``/resolve/``.
+
+    With ``signs``, HEAD sends on to a storage host whose links end with the first body that any of them gave.
+    """
 
     files: dict = field(default_factory=dict)  # (commit, path) -> bytes
     requests: list = field(default_factory=list)  # (method, path, range)
     fail_after: int | None = None  # cut the next body after so many bytes
     etag: str | None = None  # instead of the true hash
+    ignores_ranges: bool = False
+    signs: bool = False
+    signature: int = 0  # of the links that work
     url: str = ""
 
+    def link(self, path):
+        return f"{self.url.replace('127.0.0.1', 'localhost')}/{self.signature}{path}"
+
     def resolve(self, path):
+        if self.signs:
+            path = path.removeprefix(f"/{self.signature}")
         prefix = f"/{REPO}/resolve/"
         if not path.startswith(prefix):
             return None, None
@@ -58,10 +69,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        span = None if hub.ignores_ranges else span
         start = int(span.removeprefix("bytes=").rstrip("-")) if span else 0
         body = content[start:]
-        self.send_response(206 if span else 200)
-        self.send_header("Content-Length", str(len(body)))
+        sends_on = hub.signs and not with_body
+        self.send_response(416 if start >= len(content) else 302 if sends_on else 206 if span else 200)
+        if sends_on:
+            self.send_header("Location", hub.link(self.path))
+            self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Content-Length", "0" if sends_on else str(len(body)))
         self.send_header("ETag", f'"{hub.etag or hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)
         if span:
@@ -69,6 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not with_body:
             return
+        hub.signature += 1
         cut, hub.fail_after = hub.fail_after, None
         self.wfile.write(body if cut is None else body[:cut])
         if cut is not None:
@@ -83,7 +100,7 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.hub = Hub(url=f"http://127.0.0.1:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -180,6 +197,39 @@ def test_a_connection_that_breaks_is_taken_up_again(run, hub, make_preset, tmp_p
     assert target(tmp_path).read_bytes() == CONTENT
 
 
+def keep_partial(tmp_path, content):
+    target(tmp_path).parent.mkdir(parents=True)
+    etag = hashlib.sha256(CONTENT).hexdigest()
+    target(tmp_path).with_name(f".x.pt.{etag[:16]}.partial").write_bytes(content)
+
+
+def test_a_server_that_sends_everything_again_is_counted_from_the_beginning(run, hub, make_preset, tmp_path):
+    keep_partial(tmp_path, CONTENT[:300_000])
+    hub.ignores_ranges = True
+    fetched = []
+    run(make_preset(pinned()), on_progress=lambda p: fetched.append(p.done_bytes) if p.phase == "fetch" else None)
+    assert [request[2] for request in gets(hub)] == ["bytes=300000-"]
+    assert target(tmp_path).read_bytes() == CONTENT
+    assert fetched == [300_000, 0, len(CONTENT)]
+
+
+def test_a_partial_that_is_longer_than_the_file_is_fetched_anew(run, hub, make_preset, tmp_path):
+    keep_partial(tmp_path, CONTENT + b"more")
+    plans = []
+    run(make_preset(pinned()), on_plan=plans.append)
+    assert plans[0].missing_bytes == len(CONTENT)
+    assert [request[2] for request in gets(hub)] == [None]
+    assert target(tmp_path).read_bytes() == CONTENT
+
+
+def test_a_link_is_asked_for_right_before_it_is_followed(run, hub, make_preset, tmp_path):
+    hub.files[COMMIT, "v.pth"] = b"vae"
+    hub.signs = True
+    files = run(make_preset(pinned(), vaes={"wan": pinned(b"vae", "v.pth")}))
+    assert [planned.target.read_bytes() for planned in files] == [CONTENT, b"vae"]
+    assert [request[1].split("/", 2)[1] for request in gets(hub)] == ["0", "1"]
+
+
 def test_a_partial_of_other_contents_is_not_continued(run, hub, make_preset, tmp_path):
     target(tmp_path).parent.mkdir(parents=True)
     target(tmp_path).with_name(".x.pt.0123456789abcdef.partial").write_bytes(b"old")
@@ -244,6 +294,14 @@ def test_a_commit_must_be_a_full_hash(run, make_preset, revision):
     with pytest.raises(InvalidRequest) as caught:
         run(make_preset(pinned()), revisions={REPO: revision})
     assert caught.value.metadata["field"] == f"revisions.{REPO}"
+
+
+def test_a_commit_of_a_repository_that_nothing_comes_from_is_refused(run, hub, make_preset):
+    vaes = {"tae": CheckpointFile("other/name", "t.pth")}  # not one of the default parts
+    for repo in ("typo/name", "other/name"):
+        with pytest.raises(InvalidRequest, match=rf"revisions: got \['{repo}'\]; the files come from owner/name"):
+            run(make_preset(pinned(), vaes=vaes), revisions={repo: COMMIT})
+    assert hub.requests == []
 
 
 def test_a_full_disk_is_refused_before_fetching(run, hub, make_preset, monkeypatch):

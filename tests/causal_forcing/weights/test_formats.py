@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from causal_forcing.errors import BadCheckpoint
+from causal_forcing.errors import BadCheckpoint, InvalidRequest
 from causal_forcing.weights.formats import open_checkpoint
 
 
@@ -54,6 +55,29 @@ def test_the_asked_for_entry_wins_and_ema_comes_first_otherwise(tmp_path, tensor
     torch.save({"generator": old, "generator_ema": tensors, "critic": {}}, tmp_path / "x.pt")
     assert_holds(open_checkpoint(tmp_path / "x.pt"), tensors)
     assert_holds(open_checkpoint(tmp_path / "x.pt", entry="generator"), old)
+
+
+def test_an_entry_that_has_to_be_there_is_not_replaced_by_another(tmp_path, tensors):
+    torch.save({"generator": tensors, "step": 100}, tmp_path / "x.pt")
+    assert_holds(open_checkpoint(tmp_path / "x.pt", entry="generator_ema"), tensors)
+    assert_holds(open_checkpoint(tmp_path / "x.pt", entry="generator", any_entry=False), tensors)
+    for entry in ("generator_ema", "step"):
+        with pytest.raises(InvalidRequest, match=rf"entry: got '{entry}'; .*x\.pt has generator$"):
+            open_checkpoint(tmp_path / "x.pt", entry=entry, any_entry=False)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "folder"])
+def test_a_file_without_entries_says_so(tmp_path, tensors, name):
+    if name == "x.pt":
+        torch.save(tensors, tmp_path / name)
+    elif name == "folder":
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "x.safetensors")
+    else:
+        save_file(tensors, tmp_path / name)
+    assert_holds(open_checkpoint(tmp_path / name, entry="generator"), tensors)
+    with pytest.raises(InvalidRequest, match=rf"entry: got 'generator'; .*{name} has no entries"):
+        open_checkpoint(tmp_path / name, entry="generator", any_entry=False)
 
 
 def test_tensors_of_a_torch_file_are_memory_mapped(tmp_path):
@@ -156,6 +180,28 @@ def test_a_truncated_file_is_refused(tmp_path, name, share):
         open_checkpoint(path)
     assert caught.value.reason == "CHECKPOINT_DAMAGED"
     assert name in caught.value.message
+
+
+@pytest.mark.parametrize("part", ["pickle", "index"])
+def test_a_wrong_bit_in_a_torch_files_structure_is_damage(tmp_path, tensors, part):
+    torch.save({"generator": tensors}, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    index = content.find(b"PK\x01\x02")
+    with zipfile.ZipFile(tmp_path / "x.pt") as file:
+        pickled = file.read("x/data.pkl")
+    start = content.find(pickled)
+    places = range(start, start + len(pickled)) if part == "pickle" else range(index, len(content))
+    rng = random.Random(0)
+    refused = 0
+    for place in rng.sample(places, 150):
+        wrong = bytearray(content)
+        wrong[place] ^= 1 << rng.randrange(8)
+        (tmp_path / "y.pt").write_bytes(wrong)
+        try:
+            open_checkpoint(tmp_path / "y.pt")
+        except BadCheckpoint:
+            refused += 1
+    assert refused > 50
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])

@@ -1,5 +1,7 @@
 """LoRA: every naming style merges to the same weights, and nothing is skipped in silence."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -166,10 +168,24 @@ def test_another_kind_of_adapter_is_refused(folder, preset, factors, name):
 def test_half_a_pair_is_refused(folder, preset, factors):
     stored, _ = name_tensors(factors, "bare")
     del stored["blocks.1.ffn.0.lora_B.weight"]
-    assert "blocks.1.ffn.0 has only its down half" in refuse(folder, preset, stored)
+    assert "blocks.1.ffn.0 has no up half" in refuse(folder, preset, stored)
+    stored["blocks.1.ffn.0.alpha"] = torch.tensor(ALPHA)
+    del stored["blocks.1.ffn.0.lora_A.weight"]
+    assert "blocks.1.ffn.0 has no down and no up half" in refuse(folder, preset, stored)
 
 
-@pytest.mark.parametrize(("a", "b"), [((4, 64), (32, 4)), ((4, 32), (64, 4)), ((4, 32), (32, 8))])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ((4, 64), (32, 4)),
+        ((4, 32), (64, 4)),
+        ((4, 32), (32, 8)),
+        ((0, 32), (32, 0)),
+        ((32,), (32, 4)),
+        ((4, 32), (32,)),
+        ((), ()),
+    ],
+)
 def test_a_shape_that_does_not_fit_is_refused(folder, preset, a, b):
     stored = {"blocks.0.self_attn.q.lora_A.weight": torch.ones(a), "blocks.0.self_attn.q.lora_B.weight": torch.ones(b)}
     assert "does not give [32, 32]" in refuse(folder, preset, stored)
@@ -185,6 +201,36 @@ def test_a_lora_that_is_not_finite_is_refused(folder, preset, factors):
     stored["blocks.0.self_attn.q.lora_A.weight"][0, 0] = float("nan")
     message = refuse(folder, preset, stored)
     assert "l.safetensors: blocks.0.self_attn.q.lora_A.weight has 1 of 128 values that are not finite" in message
+
+
+def test_two_adapters_in_a_file_are_refused(folder, preset, factors):
+    stored, _ = name_tensors(factors, "PEFT, adapter named")
+    other = {name.replace(".default.", ".other."): tensor + 1 for name, tensor in stored.items()}
+    message = refuse(folder, preset, stored | other)
+    assert "lora_A.default.weight and base_model.model.blocks.0.self_attn.q.lora_A.other.weight update" in message
+    assert "must hold one adapter" in message
+
+
+@pytest.mark.parametrize("name", ["lora_B.bias", "lora_A.bias", "lora_B.default.bias"])
+@pytest.mark.parametrize("module", ["blocks.0.self_attn.q", "blocks.0.self_attn.o"])
+def test_a_bias_is_refused(folder, preset, factors, module, name):
+    stored, _ = name_tensors(factors, "bare")
+    assert f"{module}.{name}" in refuse(folder, preset, stored | {f"{module}.{name}": torch.ones(32)})
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.ones(2), r"q\.alpha is \[2\], must be one number"),
+        (torch.ones(0), r"q\.alpha is \[0\], must be one number"),
+        (torch.tensor(float("nan")), r"q\.alpha has 1 of 1 values that are not finite"),
+        (torch.tensor([float("inf")]), r"q\.alpha has 1 of 1 values that are not finite"),
+    ],
+)
+def test_an_alpha_is_one_finite_number(folder, preset, factors, alpha, message):
+    stored, _ = name_tensors(factors, "ComfyUI")
+    stored["diffusion_model.blocks.0.self_attn.q.alpha"] = alpha
+    assert re.search(message, refuse(folder, preset, stored))
 
 
 @pytest.mark.parametrize("scale", [10.5, -11.0, float("nan"), float("inf")])
