@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from causal_forcing.config import SessionConfig
 from causal_forcing.errors import InvalidRequest, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.presets import Preset, get_preset
@@ -206,11 +207,12 @@ class GeneratorConfig(WorkerConfig):
         memory_bytes: Memory of one device. With it the configuration is refused if the weights and that many sessions
             of the largest kind do not fit; without it a replica finds that out when it starts. Admission counts what
             is left of it beside the weights (see :mod:`serve.admission.budget`).
-        first_chunk_timeout_s: How long each of a session's first chunks may take; later ones are compared with those
-            before them. A device that takes longer is taken for broken.
+        first_chunk_timeout_s: How long each of a session's first chunks may take, and with ``compile`` each that
+            switches prompts or comes before its window is full; later ones are compared with those before them. A
+            device that takes longer is taken for broken.
         silence_timeout_s: A generator whose process says nothing for this long is ended.
-        compile: Whether a replica compiles its passes before it is ready: once for each allowed size, with the preset's
-            own window. What a session asks for beyond that is compiled while it waits.
+        compile: Whether a replica compiles its passes before it is ready: once for each allowed size, with the default
+            window. What a session asks for beyond that is compiled while it waits, until its window is full.
         quantization: ``fp8_e4m3fn`` for 8-bit linear layers, on GPUs that compute in them.
     """
 
@@ -384,7 +386,8 @@ class ServiceConfig(Section):
         device: Where the model runs.
         weights_dir: Folder with the preset's files; None for the default folder, or for an embedded model.
         sizes: Frame sizes ``[height, width]`` that sessions may have; empty for the native one alone.
-        max_window_frames: Largest window a session may have; None for the preset's own.
+        max_window_frames: Largest window a session may have; None for the preset's own. If it is less than that, it is
+            also what a session gets that asks for none.
         peers: ``loopback`` serves callers on this machine alone, although the port is open to the network; ``any``
             serves all. Default: ``loopback`` without an identity, ``any`` with one.
         grpc_port: Port of the gRPC proxy.
@@ -428,6 +431,10 @@ class ServiceConfig(Section):
                 Geometry(height, width)
         except InvalidRequest as error:
             raise ValueError(error.message) from error
+        if self.allowed_window_frames < self.model_preset.chunk_frames:
+            raise ValueError(
+                f"max_window_frames must be at least {self.model_preset.chunk_frames}, a chunk of {self.preset}"
+            )
         if self.engine == "simulated":
             given = {"weights_dir", "device"} & self.model_fields_set
             for name in ("memory_bytes", "compile", "quantization"):
@@ -468,7 +475,7 @@ class ServiceConfig(Section):
         from causal_forcing.weights.memory import required_bytes
 
         height, width = max(self.allowed_sizes, key=lambda size: size[0] * size[1])
-        session = self.model_preset.session_config(height=height, width=width, window_frames=self.allowed_window_frames)
+        session = self.session_config(height=height, width=width, window_frames=self.allowed_window_frames)
         places = self.generator.sessions_per_replica if sessions is None else sessions
         return required_bytes(
             self.model_preset, None, session, default_dtype(self.device), text_encoder=False, sessions=places
@@ -499,6 +506,16 @@ class ServiceConfig(Section):
         """Largest window a session may have."""
         return self.max_window_frames or self.model_preset.window_frames
 
+    def session_config(self, **overrides: object) -> SessionConfig:
+        """Return the preset's defaults within the limits of this service, with some fields replaced.
+
+        Raises:
+            InvalidRequest: If a value is not allowed.
+        """
+        preset, (height, width) = self.model_preset, self.allowed_sizes[0]
+        window_frames = min(preset.window_frames, self.allowed_window_frames)
+        return preset.session_config(**{"height": height, "width": width, "window_frames": window_frames, **overrides})
+
     @property
     def simulation(self) -> SimulatedConfig:
         """How the simulated engine behaves."""
@@ -524,7 +541,7 @@ def load_section(model: type[AnySection], path: str | Path | None = None, **over
     if path is not None:
         try:
             values = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # a ValueError: 2026-31-12, or 0b_
             raise InvalidRequest("config", str(path), f"must be a readable YAML file ({error})") from error
     if not isinstance(values, dict):
         raise InvalidRequest("config", str(path), "must hold a mapping of option names")

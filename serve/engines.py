@@ -215,19 +215,16 @@ class ModelGenerator:
             weights_dir=config.weights_dir,
             quantization=config.generator.quantization,
             compiled=config.generator.compile,
-            session=self._session_config(config.allowed_sizes[0]),
+            session=config.session_config(),
             startup=startup,
         )
         if config.generator.compile:
             from causal_forcing.compile import warm_up
 
             with startup.phase("compile"):
-                for size in config.allowed_sizes[1:]:
-                    warm_up(self._engine, self._session_config(size), progress=startup.on_warm_up)
-
-    def _session_config(self, size: tuple[int, int]) -> SessionConfig:
-        """Return the preset's defaults at one of the allowed sizes."""
-        return self._config.model_preset.session_config(height=size[0], width=size[1])
+                for height, width in config.allowed_sizes[1:]:
+                    session = config.session_config(height=height, width=width)
+                    warm_up(self._engine, session, progress=startup.on_warm_up)
 
     @device_errors()
     def open(self, config: SessionConfig) -> GeneratorSession:
@@ -257,8 +254,8 @@ class ModelGenerator:
         return max(sum(cache_bytes(engine.preset, config, engine.dtype)) for config in configs)
 
     def warm_up(self) -> None:
-        """Generate two chunks of the native size, a scene's first and a later one."""
-        session = self.open(self._session_config(self._config.allowed_sizes[0]))
+        """Generate two chunks of the default session, a scene's first and a later one."""
+        session = self.open(self._config.session_config())
         sizes = self._engine.preset.transformer
         blank = PackedTensor(np.zeros((1, sizes.text_len, sizes.text_dim), np.float32), "float32")
         session.update_prompt(WARM_UP, [PackedEmbedding("warm-up", blank)])

@@ -101,16 +101,19 @@ class Controls:
         self._window = EmbeddingWindow()
         self._prompt: tuple[SetPrompt, tuple[PackedEmbedding, ...]] | None = None
         self._superseded: list[str] = []
+        self._prompt_lock = threading.Lock()
         self._has_rested = False
         self._news = asyncio.Event()
 
     def apply(self, message: Control) -> None:
-        """Take in one message."""
+        """Take in one message; the device's thread may take a prompt meanwhile."""
         match message:
             case SetPrompt():
-                if self._prompt is not None:
-                    self._superseded.append(self._prompt[0].update.prompt_id)
-                self._prompt = (message, self._window.admit(message))
+                embeddings = self._window.admit(message)
+                with self._prompt_lock:
+                    if self._prompt is not None:
+                        self._superseded.append(self._prompt[0].update.prompt_id)
+                    self._prompt = (message, embeddings)
             case Credit(acked_chunk):
                 self.acked_chunk = max(self.acked_chunk, acked_chunk)
             case SetPaused(paused):
@@ -130,10 +133,11 @@ class Controls:
 
     def take_prompt(self, session: GeneratorSession) -> tuple[str, ...]:
         """Give the newest prompt, if there is one, to the session; return the ids of those it replaced."""
-        if self._prompt is None:
-            return ()
-        message, embeddings = self._prompt
-        superseded, self._prompt, self._superseded = tuple(self._superseded), None, []
+        with self._prompt_lock:
+            if self._prompt is None:
+                return ()
+            message, embeddings = self._prompt
+            superseded, self._prompt, self._superseded = tuple(self._superseded), None, []
         session.update_prompt(message.update, embeddings)
         return superseded
 
@@ -176,12 +180,17 @@ class Lease:
         worker: ThreadPoolExecutor,
         first_chunk_s: float = 120.0,
         meter: GeneratorMeter | None = None,
+        *,
+        compiles: bool = False,
     ) -> None:
         self._meter = meter or GeneratorMeter()
         self._request = request
         self._engine = engine
         self._worker = worker
+        self._first_chunk_s = first_chunk_s
+        self._compiles = compiles
         self._clock = StepClock(first_chunk_s)
+        self._is_full = False
         self._controls = Controls()
         self._pace = Pace(request.frames_per_second, request.lead_s)
         self._next_chunk = request.resume.point.chunk_index if request.resume is not None else 0
@@ -283,12 +292,21 @@ class Lease:
         self._next_chunk += 1
         self._pace.count(chunk.frame_count, began_s)
         denoise_s = time.perf_counter() - start
-        self._clock.took(denoise_s)
+        config = self._request.config
+        self._is_full = sum(len(held) for held in chunk.point.held_ranges(config)) == config.cache_frames
+        if self._is_full or not self._compiles:
+            self._clock.took(denoise_s)
         return replace(chunk, superseded=superseded, denoise_s=denoise_s)
+
+    @property
+    def _limit_s(self) -> float:
+        """How long the next step may take: one that switches prompts or fills the window may have to compile."""
+        may_compile = self._compiles and (not self._is_full or self._controls.has_prompt)
+        return self._first_chunk_s if may_compile else self._clock.limit_s
 
     async def _on_device(self, work: Callable[[], T]) -> T:
         """Run work on the device's thread; a cancelled caller leaves, the work goes on."""
-        self._job = detached(run_within(self._worker, work, self._clock.limit_s))
+        self._job = detached(run_within(self._worker, work, self._limit_s))
         with self._meter.at_work():
             result: T = await asyncio.shield(self._job)
         return result
@@ -320,6 +338,7 @@ class GeneratorService:
         reporter: SessionReporter,
         *,
         first_chunk_s: float = 120.0,
+        compiles: bool = False,
         on_fault: Callable[[], None] = lambda: None,
         node_id: str = "",
         meter: GeneratorMeter | None = None,
@@ -330,6 +349,7 @@ class GeneratorService:
         self._replica_id = replica_id
         self._reporter = reporter
         self._first_chunk_s = first_chunk_s
+        self._compiles = compiles
         self._on_fault = on_fault
         self._meter = meter or GeneratorMeter()
         self._fault: str | None = None
@@ -340,7 +360,7 @@ class GeneratorService:
         if self._fault is not None:
             yield LeaseEnded(failure_of(DeviceFault(f"this replica is being replaced after {self._fault}")))
             return
-        lease = Lease(request, self._engine, self._worker, self._first_chunk_s, self._meter)
+        lease = Lease(request, self._engine, self._worker, self._first_chunk_s, self._meter, compiles=self._compiles)
         self._meter.leased()
         try:
             lease.begin()  # while admission is told
@@ -411,6 +431,7 @@ class Generator:
             replica_id,
             reporter,
             first_chunk_s=config.generator.first_chunk_timeout_s,
+            compiles=config.generator.compile,
             meter=meter,
             on_fault=lambda: end_process(FAULT_EXIT_S),
             node_id=ray.get_runtime_context().get_node_id(),

@@ -1,9 +1,9 @@
-"""Control messages on their way to a running generator: a log per session, not a queue.
+"""Control messages on their way to a running generator: a log per lease, not a queue.
 
 The gateway owns one mailbox actor and appends; the generator polls for everything after the last entry it has seen,
-which acknowledges that entry. A message in flight to a generator that dies is therefore still there for the next one,
-and when the gateway dies the mailbox goes with it, so that every generator waiting on it learns that within
-milliseconds.
+which acknowledges that entry. What a generator that dies had not done yet, the gateway says again in the log of the
+next lease (:class:`~serve.gateway.control_line.ControlLine`). When the gateway dies the mailbox goes with it, so that
+every generator waiting on it learns that within milliseconds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from causal_forcing.errors import NoCapacity, SessionStateError
 
 from .messages import Control, Credit, SetPaused
 
-MAX_ENTRIES = 128
-"""Unread entries of one session; the gateway limits prompts, and between two of them is one of every other kind."""
+MAX_ENTRIES = 4096
+"""Unread entries of one log: more than the gateway ever writes. It lets at most 1024 prompts wait
+(``limits.max_pending_prompts``), and between two of them is one of every other kind."""
 
 LATEST_ONLY = (Credit, SetPaused)
 """Messages of which a newer one replaces an unread older one, back to the last prompt."""
@@ -33,7 +34,7 @@ SPARE_CALLS = 100
 
 @dataclass
 class MailboxLog:
-    """The messages of one session that its generator has not acknowledged.
+    """The messages of one lease that its generator has not acknowledged.
 
     Attributes:
         next_seq: Sequence number of the next message; the first is 1.
@@ -83,42 +84,42 @@ class MailboxLog:
 
 
 class MailboxRoom:
-    """The logs of one gateway's sessions, with readers that wait."""
+    """The logs of one gateway's leases, with readers that wait."""
 
     def __init__(self) -> None:
         self._logs: dict[str, MailboxLog] = {}
         self._news: dict[str, asyncio.Event] = {}
 
-    def open(self, session_id: str) -> None:
-        """Create the log of a session."""
-        self._logs[session_id] = MailboxLog(read_s=time.monotonic())
-        self._news[session_id] = asyncio.Event()
+    def open(self, log_id: str) -> None:
+        """Create a log."""
+        self._logs[log_id] = MailboxLog(read_s=time.monotonic())
+        self._news[log_id] = asyncio.Event()
 
-    def put(self, session_id: str, message: Control) -> int:
+    def put(self, log_id: str, message: Control) -> int:
         """Append a message and wake the reader.
 
         Raises:
-            SessionStateError: If there is no such session (its lease is over, or the mailbox was lost).
+            SessionStateError: If there is no such log (its lease is over, or the mailbox was lost).
         """
-        seq = self._log(session_id).append(message)
-        self._news[session_id].set()
+        seq = self._log(log_id).append(message)
+        self._news[log_id].set()
         return seq
 
-    async def poll(self, session_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
+    async def poll(self, log_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
         """Return all messages after ``after_seq``, waiting for one at most ``timeout_s``; acknowledges the others.
 
         Raises:
-            SessionStateError: If there is no such session (it is over, or the mailbox was lost).
+            SessionStateError: If there is no such log (its lease is over, or the mailbox was lost).
         """
-        log = self._log(session_id)
-        news = self._news[session_id]
+        log = self._log(log_id)
+        news = self._news[log_id]
         log.readers += 1
         try:
             async with asyncio.timeout(timeout_s):
                 while not (entries := log.after(after_seq)):
                     news.clear()
                     await news.wait()
-                    self._log(session_id)
+                    self._log(log_id)
         except TimeoutError:
             return []
         finally:
@@ -126,26 +127,26 @@ class MailboxRoom:
             log.read_s = time.monotonic()
         return entries
 
-    def close(self, session_id: str) -> None:
-        """Forget a session; its reader, if one waits, gets an error."""
-        self._logs.pop(session_id, None)
-        news = self._news.pop(session_id, None)
+    def close(self, log_id: str) -> None:
+        """Forget a log; its reader, if one waits, gets an error."""
+        self._logs.pop(log_id, None)
+        news = self._news.pop(log_id, None)
         if news is not None:
             news.set()
 
     def unread(self, for_s: float) -> list[str]:
-        """Return the sessions whose log nobody has read, or waited at, for that long: their reader is frozen."""
+        """Return the logs that nobody has read, or waited at, for that long: their reader is frozen."""
         limit_s = time.monotonic() - for_s
-        return [session_id for session_id, log in self._logs.items() if not log.readers and log.read_s < limit_s]
+        return [log_id for log_id, log in self._logs.items() if not log.readers and log.read_s < limit_s]
 
     def count(self) -> int:
-        """Return the number of open sessions."""
+        """Return the number of open logs."""
         return len(self._logs)
 
-    def _log(self, session_id: str) -> MailboxLog:
-        if session_id not in self._logs:
+    def _log(self, log_id: str) -> MailboxLog:
+        if log_id not in self._logs:
             raise SessionStateError("the mailbox of this session is gone", reason="MAILBOX_LOST")
-        return self._logs[session_id]
+        return self._logs[log_id]
 
 
 class _MailboxActor:
@@ -158,14 +159,14 @@ class _MailboxActor:
     def __init__(self) -> None:
         self._room = MailboxRoom()
 
-    async def open(self, session_id: str) -> None:
-        self._room.open(session_id)
+    async def open(self, log_id: str) -> None:
+        self._room.open(log_id)
 
-    async def put(self, session_id: str, message: Control) -> int:
-        return self._room.put(session_id, message)
+    async def put(self, log_id: str, message: Control) -> int:
+        return self._room.put(log_id, message)
 
-    async def close(self, session_id: str) -> None:
-        self._room.close(session_id)
+    async def close(self, log_id: str) -> None:
+        self._room.close(log_id)
 
     async def count(self) -> int:
         return self._room.count()
@@ -173,8 +174,8 @@ class _MailboxActor:
     async def unread(self, for_s: float) -> list[str]:
         return self._room.unread(for_s)
 
-    async def poll(self, session_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
-        return await self._room.poll(session_id, after_seq, timeout_s)
+    async def poll(self, log_id: str, after_seq: int, timeout_s: float) -> list[tuple[int, Control]]:
+        return await self._room.poll(log_id, after_seq, timeout_s)
 
 
 def start_mailbox(max_sessions: int) -> Any:  # noqa: ANN401  (ray's handles are untyped)

@@ -96,16 +96,16 @@ class Backends(Protocol):
         """
         ...
 
-    async def open_mailbox(self, session_id: str) -> None:
-        """Create the session's log."""
+    async def open_mailbox(self, log_id: str) -> None:
+        """Create a log."""
         ...
 
-    async def put(self, session_id: str, message: Control) -> None:
-        """Append to the session's log."""
+    async def put(self, log_id: str, message: Control) -> None:
+        """Append to a log."""
         ...
 
-    async def close_mailbox(self, session_id: str) -> None:
-        """Forget the session's log."""
+    async def close_mailbox(self, log_id: str) -> None:
+        """Forget a log."""
         ...
 
     async def encode(self, text: str) -> PackedEmbedding:
@@ -213,19 +213,19 @@ class RayBackends:
         finally:
             response.cancel()
 
-    async def open_mailbox(self, session_id: str) -> None:
-        """Create the session's log."""
-        await self._mail(lambda: self.mailbox.open.remote(session_id))
+    async def open_mailbox(self, log_id: str) -> None:
+        """Create a log."""
+        await self._mail(lambda: self.mailbox.open.remote(log_id))
 
-    async def put(self, session_id: str, message: Control) -> None:
-        """Append to the session's log."""
-        await self._mail(lambda: self.mailbox.put.remote(session_id, message))
+    async def put(self, log_id: str, message: Control) -> None:
+        """Append to a log."""
+        await self._mail(lambda: self.mailbox.put.remote(log_id, message))
 
-    async def close_mailbox(self, session_id: str) -> None:
-        """Forget the session's log."""
+    async def close_mailbox(self, log_id: str) -> None:
+        """Forget a log."""
         with contextlib.suppress(RayActorError, TimeoutError):
             async with asyncio.timeout(GOODBYE_S):
-                await self.mailbox.close.remote(session_id)
+                await self.mailbox.close.remote(log_id)
 
     async def encode(self, text: str) -> PackedEmbedding:
         """Return a prompt's embedding."""

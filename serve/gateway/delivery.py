@@ -66,9 +66,8 @@ class Delivery:
         """
         arrived = time.perf_counter()
         sends = self.has_credit or not self._request.drops
-        decoded = await self._link.decode(
-            chunk, first_frame=self._outbox.next_frame, encode=sends, keyframe=sends and self._keyframe
-        )
+        keyframe, self._keyframe = sends and self._keyframe, False  # what is asked for from here on is for the next one
+        decoded = await self._link.decode(chunk, first_frame=self._outbox.next_frame, encode=sends, keyframe=keyframe)
         self._spent.chunk(chunk, decoded)
         self._meter.chunk(chunk, decoded, time.perf_counter() - arrived)
         text_s = self._feed.applied(len(chunk.superseded)) if chunk.prompt_applied else 0.0
@@ -85,7 +84,6 @@ class Delivery:
             self.is_complete = True
             return
         self._outbox.chunk(chunk, decoded, costs)
-        self._keyframe = False
         self._unacked.append(chunk.index)
         self.last_sent = chunk.index
         self.is_complete = goal is not None and self._outbox.next_frame >= goal.min_frames

@@ -54,7 +54,5 @@ def describe_model(service: ServiceConfig) -> pb.GetModelResponse:
 
 def frame_size(service: ServiceConfig, height: int, width: int) -> pb.FrameSize:
     """Return a frame size with the memory of a session of it."""
-    config = service.model_preset.session_config(
-        height=height, width=width, window_frames=service.allowed_window_frames
-    )
+    config = service.session_config(height=height, width=width, window_frames=service.allowed_window_frames)
     return pb.FrameSize(height=height, width=width, generator_byte_count=generator_bytes(service, config))

@@ -219,7 +219,7 @@ def _engine_config(message: pb.SessionConfig, service: ServiceConfig) -> Session
     if message.denoising_steps:
         overrides["denoising_steps"] = tuple(message.denoising_steps)
     overrides["height"], overrides["width"] = _size(message, service)
-    config = preset.session_config(**overrides)
+    config = service.session_config(**overrides)
     limit = service.allowed_window_frames
     least = message.sink_frames + preset.chunk_frames  # the preset's own sink gives way to a small window
     if config.window_frames is None or not least <= config.window_frames <= limit:

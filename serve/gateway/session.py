@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +23,7 @@ from serve.admission.claims import claim
 from serve.config import ServiceConfig
 from serve.detached import detached
 from serve.errors import Unavailable
-from serve.logs import bind, bound
+from serve.logs import LOGGER, bind, bound
 from serve.messages import (
     Credit,
     EncodeImage,
@@ -71,6 +71,7 @@ class LiveSession:
         guard: Guard | None = None,
         *,
         meter: SessionMeter | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._guard = guard or OpenGuard()
         self._meter = meter or SessionMeter()
@@ -81,7 +82,8 @@ class LiveSession:
         self._backends = backends
         self._client = client
         self._outbox = Outbox()
-        self._patience = Patience(service.limits)
+        self._clock = clock
+        self._patience = Patience(service.limits, clock=clock)
         self._line = ControlLine(backends, session_id)
         self._feed = PromptFeed(
             backends,
@@ -141,15 +143,12 @@ class LiveSession:
         bind(**log_fields)  # this task is detached, and so are its context's variables
         try:
             reason = await self._run()
-            self._is_ending = True
             self._outbox.ended(reason, self._patience.duration_s)
         except Exception as error:  # noqa: BLE001  (the gRPC boundary: every error becomes a message)
-            self._is_ending = True
             self._outbox.failed(failure_of(error))
         except asyncio.CancelledError:
             if self._ended_by is None:
                 raise
-            self._is_ending = True
             self._outbox.failed(failure_of(self._ended_by))
         finally:
             self._is_ending = True
@@ -164,7 +163,7 @@ class LiveSession:
         """Return why the session ended well, or raise why it did not."""
         request = await self._client.request()
         await self._guard.admit(request)
-        self._patience = Patience(self._limits, expects_messages=request.goal is None)
+        self._patience = Patience(self._limits, expects_messages=request.goal is None, clock=self._clock)
         self._memory = SessionMemory(request.config)
         self._link = DecoderLink(self._backends, self._session_id, self._memory, request.format)
         self._delivery = Delivery(request, self._link, self._feed, self._outbox, spent=self._spent, meter=self._meter)
@@ -237,6 +236,7 @@ class LiveSession:
 
     async def _move(self, lost: GeneratorLost, replica_id: str, memory: SessionMemory) -> None:
         """Give up a generator and ask for another one; raises if the session ends instead."""
+        LOGGER.warning("the session has lost generator %s before chunk %d: %s", replica_id, memory.next_chunk, lost)
         try:
             self._moves.begin(lost, memory.next_chunk)
         except FailedElsewhere:

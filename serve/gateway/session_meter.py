@@ -23,7 +23,7 @@ SHORTEST_S = 0.001
 
 
 class Deadlines:
-    """A viewer that plays at the model's rate, and what it would have had to wait for."""
+    """A viewer that plays at the session's rate, and what it would have had to wait for."""
 
     def __init__(self) -> None:
         self._sent_s: float | None = None
@@ -162,7 +162,7 @@ class SessionMeter:
         self._enter("streaming")
         config = message.effective_config
         self._rate = float(config.frames_per_second or FRAMES_PER_SECOND)
-        self._window = config.credit_chunks
+        self._window = config.credit_chunks  # 0: this call has no acks
         self._recorder.credit(self._window, 0)
 
     def _failed(self, error: pb.Error) -> None:
@@ -194,13 +194,14 @@ class SessionMeter:
             recorder.first_chunk(now_s - (self._config_s or self._started_s), now_s - self._started_s)
         else:
             recorder.pace(pace[0], missed=pace[1])
-            if not self._unacked:
+            if self._window and not self._unacked:
                 recorder.client_was_waiting()
         asked_s = self._prompts_s.pop(prompt_id, None)
         if asked_s is not None:
             recorder.prompt_shown(now_s - asked_s)
-        self._unacked.append(index)
-        recorder.credit(-1, 1)
+        if self._window:
+            self._unacked.append(index)
+            recorder.credit(-1, 1)
 
     def _acked(self, chunk: int) -> None:
         taken = 0

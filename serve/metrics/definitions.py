@@ -76,7 +76,6 @@ RATIO = (0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 DRIFT = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-GATEWAY_STAGES = ("queue", "transfer", "send")
 GENERATOR_STAGES = ("denoise", "context")
 DECODER_STAGES = ("decode", "encode", "prime")
 
@@ -223,7 +222,7 @@ VIDEO_SECONDS = _define(
     Place.GATEWAY,
     "video_seconds_total",
     "seconds",
-    "Video handed to the transport, at the model's frame rate.",
+    "Video handed to the transport, at the session's frame rate.",
 )
 BYTES_SENT = _define(
     Kind.COUNTER, Place.GATEWAY, "frame_bytes_sent_total", "bytes", "Encoded frames handed to the transport."
@@ -241,7 +240,7 @@ DEADLINE_MISSES = _define(
     Place.GATEWAY,
     "deadline_misses_total",
     "chunks",
-    "Chunks that a viewer who plays at the model's frame rate, half a second behind, would have had to wait for. The "
+    "Chunks that a viewer who plays at the session's frame rate, half a second behind, would have had to wait for. The "
     "viewer's clock is set again after each.",
 )
 SERVER_STARVED_CLIENT = _define(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,15 @@ def simulated(**fields: Any) -> ServiceConfig:
     """Return a service that computes nothing and takes no time."""
     sleeps = {"chunk_ms": 0.0, "decode_ms": 0.0, "encode_ms": 0.0}
     return load_config(None, engine="simulated", **{"simulated": sleeps, **fields})
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now_s = 500.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 class Client:
@@ -137,12 +147,10 @@ class FakeBackends:
 
     def __post_init__(self) -> None:
         self.mailbox = RemoteMailbox(self.room)
-        self._worker = ThreadPoolExecutor(1)
+        self._generating, self._decoding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._engine = SimulatedGenerator(self.service)
         self._text = SimulatedText(self.service)
-        self.decoder = DecoderService(
-            SimulatedDecoder(self.service), DECODER, 1 << 30, Warden(ThreadPoolExecutor(1), 60.0)
-        )
+        self.decoder = DecoderService(SimulatedDecoder(self.service), DECODER, 1 << 30, Warden(self._decoding, 60.0))
         self._places: asyncio.Queue[Place] = asyncio.Queue()
 
     async def places(self, claim: Claim) -> AsyncGenerator[Place]:
@@ -173,7 +181,7 @@ class FakeBackends:
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         if self.lease_failures:
             raise self.lease_failures.pop(0)
-        lease = Lease(request, self._engine, self._worker)
+        lease = Lease(request, self._engine, self._generating)
         self.running += 1
         left = self.losses.pop(0) if self.losses else -1
         try:
@@ -187,14 +195,14 @@ class FakeBackends:
             await lease.close()
             self.running -= 1
 
-    async def open_mailbox(self, session_id: str) -> None:
-        self.room.open(session_id)
+    async def open_mailbox(self, log_id: str) -> None:
+        self.room.open(log_id)
 
-    async def put(self, session_id: str, message: Control) -> None:
-        self.room.put(session_id, message)
+    async def put(self, log_id: str, message: Control) -> None:
+        self.room.put(log_id, message)
 
-    async def close_mailbox(self, session_id: str) -> None:
-        self.room.close(session_id)
+    async def close_mailbox(self, log_id: str) -> None:
+        self.room.close(log_id)
 
     async def encode(self, text: str) -> PackedEmbedding:
         if self.encode_gate is not None:
@@ -216,15 +224,22 @@ class FakeBackends:
     async def close_decoder(self, request: CloseDecoder) -> None:
         self.decoder.cache.drop(request.session_id)
 
+    async def idle(self) -> None:
+        """Return when the devices' threads have done what they were given."""
+        for device in (self._generating, self._decoding):
+            await asyncio.get_running_loop().run_in_executor(device, int)
+
     @property
     def is_clean(self) -> bool:
         """Whether nothing of any session is left."""
         return not self.running and not self.room.count() and not len(self.decoder.cache)
 
 
-def open_session(backends: FakeBackends, client: Client, name: str = "session-1") -> LiveSession:
+def open_session(
+    backends: FakeBackends, client: Client, name: str = "session-1", clock: Callable[[], float] = time.monotonic
+) -> LiveSession:
     """Return a session."""
-    return LiveSession(name, backends.service, backends, StreamInput(client, backends.service))
+    return LiveSession(name, backends.service, backends, StreamInput(client, backends.service), clock=clock)
 
 
 async def play(

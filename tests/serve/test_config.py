@@ -48,6 +48,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"engine": "simulated", "generator": {"compile": True}}, "config", "generator.compile can have no effect"),
     ({"generator": {"quantization": "int3"}}, "generator.quantization", "fp8_e4m3fn"),
     ({"generator": {"quantization": "fp8_e4m3fn"}}, "config", "generator.quantization: fp8_e4m3fn needs device: cuda"),
+    ({"preset": "longlive", "max_window_frames": 2}, "config", "max_window_frames must be at least 3"),
     (
         {"generator": {"memory_bytes": 300 << 20, "sessions_per_replica": 64}},
         "config",
@@ -71,7 +72,7 @@ def test_a_file_is_read_and_can_be_overridden(tmp_path: Path) -> None:
     assert (config.generator.replicas, config.limits.max_session_s, config.grpc_port) == (3, 60, 9100)
 
 
-@pytest.mark.parametrize("text", ["- a list", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["- a list", "a: [", "\x00", "preset: 2026-31-12", "preset: 0b_", "[" * 3000])
 def test_a_file_that_is_not_a_mapping_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "service.yaml"
     path.write_text(text)

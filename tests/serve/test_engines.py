@@ -72,7 +72,10 @@ def test_what_is_configured_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) 
         raise InterruptedError
 
     monkeypatch.setattr(Engine, "load", load)
-    service = load_config(None, device="cuda", generator={"quantization": "fp8_e4m3fn", "num_gpus": 1})
+    quantised = {"quantization": "fp8_e4m3fn", "num_gpus": 1}
+    service = load_config(None, device="cuda", generator=quantised, sizes=SIZES, max_window_frames=6)
     with pytest.raises(InterruptedError):
         load_generator(service)
     assert (given["quantization"], given["compiled"]) == ("fp8_e4m3fn", False)
+    assert given["session"] == service.session_config()
+    assert (given["session"].window_frames, given["session"].width) == (6, 32)

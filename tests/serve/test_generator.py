@@ -8,14 +8,17 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from causal_forcing.errors import DeviceFault
+from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
 from serve.config import load_config
+from serve.device import LEAST_S
 from serve.engines import GeneratorEngine, ModelGenerator
-from serve.generator import GeneratorService, Lease
+from serve.generator import Controls, GeneratorService, Lease
 from serve.mailbox import MailboxRoom
 from serve.messages import (
     Credit,
@@ -167,6 +170,65 @@ async def test_a_paced_lease_waits_for_the_time_of_its_next_chunk_and_hears_mess
         bench.room.put("s", Stop())
         assert await waiting == LeaseEnded(None)
     await bench.lease.close()
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+async def test_a_step_that_may_compile_has_the_time_of_a_first_one(
+    monkeypatch: pytest.MonkeyPatch, compiles: bool
+) -> None:
+    limits = list[float]()
+
+    async def noted(pool: ThreadPoolExecutor, work: Callable[[], object], limit_s: float) -> object:
+        limits.append(limit_s)
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    monkeypatch.setattr("serve.generator.run_within", noted)
+    bench = Bench(credit_chunks=12)
+    bench.lease = Lease(bench.request, bench.engine, bench.worker, 60.0, compiles=compiles)
+    bench.prompt("a")
+    async with aclosing(bench.lease.events()) as events:
+        for _ in range(12):
+            await bench.next_chunk(events)
+        cut = await bench.nothing_comes(events)
+        bench.room.put("s", SetPrompt(update(policy=SwitchPolicy.SCENE_CUT), ("a",), ()))
+        bench.room.put("s", Credit(100))
+        await cut
+        for _ in range(9):
+            await bench.next_chunk(events)
+    await bench.lease.close()
+    opening, first, filling, first_full, cut_and_filling = 1, 3, 9, 2, 9
+    if compiles:
+        assert limits == [60.0] * (opening + filling + first_full) + [LEAST_S] + [60.0] * cut_and_filling + [LEAST_S]
+    else:
+        assert limits == [60.0] * (opening + first) + [LEAST_S] * (len(limits) - opening - first)
+
+
+class Overtaken(PromptUpdate):
+    """A prompt during whose replacement something else happens."""
+
+    meanwhile: ClassVar[list[Callable[[], object]]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "prompt_id" and Overtaken.meanwhile:
+            Overtaken.meanwhile.pop()()
+        return super().__getattribute__(name)
+
+
+async def test_a_prompt_is_shown_or_replaced_and_never_both() -> None:
+    controls, session, superseded = Controls(), ScriptedEngine(), list[str]()
+    device = threading.Thread(target=lambda: superseded.extend(controls.take_prompt(session)))
+
+    def take() -> None:
+        device.start()
+        device.join(0.1)  # it has to wait until the other prompt is there
+
+    first = Overtaken((WeightedPrompt("a fox"),), prompt_id="first")
+    controls.apply(SetPrompt(first, ("a",), (embedding("a"),)))
+    Overtaken.meanwhile.append(take)
+    controls.apply(SetPrompt(update(prompt_id="second"), ("a",), ()))
+    await asyncio.to_thread(device.join)
+    assert (superseded, session.updates) == (["first"], ["second"])
+    assert not controls.has_prompt
 
 
 async def test_a_start_image_is_chunk_0_and_the_model_goes_on_from_it() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from pydantic import ValidationError
 
 from causal_forcing.errors import NoCapacity, SessionStateError
+from serve.config import Limits
 from serve.mailbox import MAX_ENTRIES, MailboxLog, MailboxRoom
 from serve.messages import Credit, SetPaused, SetPrompt, Stop
 from tests.serve.fakes import update
@@ -54,6 +56,17 @@ def test_a_log_that_nobody_reads_has_a_bound() -> None:
         log.append(prompt(str(number)))
     with pytest.raises(NoCapacity):
         log.append(prompt("one more"))
+
+
+def test_all_that_a_gateway_lets_wait_has_room() -> None:
+    log, prompts = MailboxLog(), Limits(max_pending_prompts=1024).max_pending_prompts
+    with pytest.raises(ValidationError):
+        Limits(max_pending_prompts=prompts + 1)
+    for number in range(prompts):
+        for message in (prompt(str(number)), Credit(number), SetPaused(True)):
+            log.append(message)
+    log.append(Stop())
+    assert len(log.after(0)) == 3 * prompts + 1
 
 
 def test_a_reader_of_another_log_is_told() -> None:

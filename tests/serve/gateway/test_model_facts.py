@@ -34,3 +34,8 @@ def test_the_model_and_its_limits_are_told() -> None:
     assert (told.max_window_frames, told.max_credit_chunks, told.max_generate_duration.seconds) == (30, 8, 9)
     assert told.limits.pause_timeout.seconds == 300
     assert told.version == __version__
+
+
+def test_the_default_window_is_one_that_is_allowed() -> None:
+    told = describe_model(simulated(max_window_frames=6))
+    assert told.default_config.window_frames == told.max_window_frames == 6

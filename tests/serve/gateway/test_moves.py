@@ -14,6 +14,7 @@ from serve.codecs.frames import Codec, decode_frame
 from serve.errors import Unavailable
 from serve.gateway.control_line import ControlLine
 from serve.gateway.moves import PROGRESS_CHUNKS, GeneratorLost, Moves
+from serve.logs import LOGGER
 from serve.messages import Credit, Place, SetPaused, SetPrompt, Stop
 from serve.planted import ALWAYS
 from serve.simulated import mark
@@ -214,6 +215,24 @@ async def test_an_error_that_is_not_the_generators_death_does_not_move_the_sessi
     assert not any(event.startswith("requeue") for event in backends.events)
 
 
+@pytest.mark.parametrize("fault", ["", "nan"])
+async def test_each_move_is_a_line_in_the_gateways_log(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    backends = FakeBackends(simulated(simulated={"chunk_ms": 0, "fault_dir": str(tmp_path)}))
+    if fault:
+        (tmp_path / fault).touch()
+    else:
+        backends.losses = [0]
+    client = Client()
+    client.config(**RAW)
+    heard = await run(client, backends, acking(client, 3))
+    reason = next(m.session_moved.reason for m in heard if m.HasField("session_moved"))
+    (line,) = {text for text in caplog.messages if text.startswith("the session has lost")}
+    assert line.startswith(f"the session has lost generator {REPLICA} before chunk 0: {reason}: ")
+
+
 def loss(reason: str) -> GeneratorLost:
     return GeneratorLost(failure_of(Unavailable("gone", reason=reason)))
 
@@ -242,6 +261,16 @@ class Room:
 
     async def close_mailbox(self, log_id: str) -> None:
         self.closed.append(log_id)
+
+
+async def test_as_many_prompts_as_may_wait_are_said_again() -> None:
+    backends, count = FakeBackends(), 200
+    line = ControlLine(backends, "s")
+    for number in range(count):
+        await line.prompt(update(prompt_id=str(number)), [embedding(str(number))])
+    for _ in range(2):
+        messages = [message for _, message in await backends.room.poll(await line.open(), 0, 0.0)]
+        assert [m.update.prompt_id for m in messages if isinstance(m, SetPrompt)] == [str(n) for n in range(count)]
 
 
 async def test_a_new_lease_is_told_what_holds_and_what_was_not_shown() -> None:

@@ -10,17 +10,9 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import Limits
 from serve.errors import ClientGone
 from serve.gateway.patience import Patience
+from tests.serve.fakes import Clock
 
 LIMITS = Limits(silence_timeout_s=1000, stall_timeout_s=60, pause_timeout_s=100, max_session_s=3600, ending_notice_s=30)
-
-
-class Clock:
-    """Goes forward when it is told to."""
-
-    now_s = 500.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

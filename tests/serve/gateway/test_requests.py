@@ -98,6 +98,12 @@ def test_the_models_sink_gives_way_to_a_window_of_one_chunk_and_the_client_hears
     assert (told.window_frames, told.sink_frames) == (1, 0)
 
 
+@pytest.mark.parametrize(("most", "window", "sink"), [(30, 9, 1), (6, 6, 1), (1, 1, 0)])
+def test_who_asks_for_no_window_gets_the_models_if_that_is_allowed(most: int, window: int, sink: int) -> None:
+    told = effective_config(parse_config(config(), simulated(max_window_frames=most)))
+    assert (told.window_frames, told.sink_frames) == (window, sink)
+
+
 def test_the_server_draws_a_seed_and_tells_it() -> None:
     first, second = (parse_config(config(), simulated()) for _ in range(2))
     assert first.config.seed != second.config.seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -19,7 +20,7 @@ from serve.codecs.frames import Codec, Pixels, decode_frame
 from serve.gateway.inputs import OneRequest
 from serve.gateway.session import LiveSession
 from serve.simulated import mark
-from tests.serve.fakes import Client, FakeBackends, kinds, open_session, play, simulated
+from tests.serve.fakes import Client, Clock, FakeBackends, kinds, open_session, play, simulated
 
 Heard = list[pb.StreamVideoResponse]
 QUICK = {"pacing": "PACING_REALTIME", "frames_per_second": 60}
@@ -27,9 +28,14 @@ DROPPING = {**QUICK, "slow_client_policy": "SLOW_CLIENT_POLICY_DROP_TO_LATEST"}
 H264 = {"codec": "FRAME_CODEC_H264_ANNEXB"}
 
 
-async def run(client: Client, backends: FakeBackends, on_message: Callable[[pb.StreamVideoResponse], None]) -> Heard:
+async def run(
+    client: Client,
+    backends: FakeBackends,
+    on_message: Callable[[pb.StreamVideoResponse], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Heard:
     async with asyncio.timeout(20):
-        return await play(open_session(backends, client), client, on_message)
+        return await play(open_session(backends, client, clock=clock), client, on_message)
 
 
 def acking(client: Client, then: Callable[[int], None]) -> Callable[[pb.StreamVideoResponse], None]:
@@ -80,7 +86,7 @@ async def test_a_paused_session_rests_after_the_chunks_under_way_and_goes_on() -
                 resting = 0
                 if message.frame.last_in_chunk:
                     client.ack(message.frame.chunk_index)
-            await asyncio.sleep(0.001)  # let the generator's thread make what it may
+            await backends.idle()  # they make what they may
         last = frames_of(heard)[-1].chunk_index
         assert last <= 3 + 2
         client.send(resume=pb.Resume())
@@ -102,26 +108,39 @@ async def test_a_pause_has_a_longest_length() -> None:
 
 
 async def test_a_paused_client_owes_no_ack() -> None:
-    client, backends = Client(), FakeBackends(simulated(limits={"pause_timeout_s": 0.3, "stall_timeout_s": 0.1}))
+    limits = {"pause_timeout_s": 300, "stall_timeout_s": 60}
+    client, backends, clock = Client(), FakeBackends(simulated(limits=limits)), Clock()
     client.config(credit_chunks=1)
 
     def on_message(message: pb.StreamVideoResponse) -> None:
-        if message.HasField("session_started"):
+        if message.frame.last_in_chunk:  # which is not acked
             client.send(pause=pb.Pause())
+            client.send(ping=pb.Ping())
+        if message.HasField("pong"):
+            clock.now_s += 300
+            client.send(resume=pb.Resume())
 
-    heard = await run(client, backends, on_message)
+    heard = await run(client, backends, on_message, clock)
     assert heard[-1].session_ended.reason == pb.END_REASON_PAUSE_TIMEOUT
 
 
 async def test_the_end_of_the_longest_session_is_announced() -> None:
-    limits = {"max_session_s": 0.2, "ending_notice_s": 0.15}
-    client, backends = Client(), FakeBackends(simulated(limits=limits))
-    client.config()
-    heard = await run(client, backends, acking(client, lambda _: None))
-    warnings = [m.session_ending.remaining.ToNanoseconds() / 1e9 for m in heard if m.HasField("session_ending")]
-    assert len(warnings) == 1
-    assert 0 < warnings[0] <= 0.15
+    limits = {"max_session_s": 3600, "ending_notice_s": 30, "silence_timeout_s": 9000, "stall_timeout_s": 9000}
+    client, backends, clock = Client(), FakeBackends(simulated(limits=limits)), Clock()
+    client.config(credit_chunks=1)
+
+    def on_message(message: pb.StreamVideoResponse) -> None:
+        if message.frame.last_in_chunk:
+            clock.now_s += 3575
+            client.send(pause=pb.Pause())  # after which the session looks at the clock
+        if message.HasField("session_ending"):
+            clock.now_s += 25
+            client.send(resume=pb.Resume())
+
+    heard = await run(client, backends, on_message, clock)
+    assert [m.session_ending.remaining.seconds for m in heard if m.HasField("session_ending")] == [25]
     assert heard[-1].session_ended.reason == pb.END_REASON_MAX_DURATION
+    assert heard[-1].session_ended.duration.seconds == 3600
 
 
 async def test_a_client_without_credit_misses_whole_chunks_and_is_told_which() -> None:
@@ -169,20 +188,19 @@ async def eventually_decoded(backends: FakeBackends, chunk: int) -> int:
 async def test_after_a_drop_h264_goes_on_with_a_keyframe_and_every_frame_decodes() -> None:
     client, backends = Client(), FakeBackends()
     client.config(credit_chunks=1, **DROPPING, **H264)
-    acked = 0
-
-    def on_message(message: pb.StreamVideoResponse) -> None:
-        nonlocal acked
-        if message.HasField("session_started"):
-            asyncio.get_running_loop().call_later(0.4, client.ack, 0)
-        if message.frame.last_in_chunk and message.frame.chunk_index > 0:
-            acked += 1
-            if acked == 3:
-                client.half_close()
-            else:
-                client.ack(message.frame.chunk_index)
-
-    heard = await run(client, backends, on_message)
+    heard: Heard = []
+    async with asyncio.timeout(20), aclosing(open_session(backends, client).messages()) as messages:
+        acked = 0
+        async for message in messages:
+            heard.append(message)
+            if message.frame.last_in_chunk:
+                if not acked:
+                    await eventually_decoded(backends, 3)
+                if acked == 3:
+                    client.half_close()
+                else:
+                    client.ack(message.frame.chunk_index)
+                acked += 1
     frames = frames_of(heard)
     dropped = [message.frames_dropped for message in heard if message.HasField("frames_dropped")]
     assert dropped[0].first_chunk_index == 1

@@ -14,16 +14,7 @@ from serve.gateway.session_meter import START_BUFFER_S, Deadlines, SessionMeter
 from serve.messages import Decoded, GeneratedChunk
 from serve.metrics import MemorySink, Recorder
 from serve.metrics.drift import LatentStats
-from tests.serve.fakes import Client, FakeBackends, chunk
-
-
-class Clock:
-    """A clock that is set."""
-
-    now_s = 10.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.serve.fakes import Client, Clock, FakeBackends, chunk
 
 
 class Call:
@@ -121,6 +112,19 @@ async def test_waiting_for_credit_is_the_clients_doing() -> None:
     assert call.count("credit_wait_seconds_total") == 4.5
     assert call.sink.observed["realtime_factor_ratio",] == [0.5]
     assert call.count("deadline_misses_total") == 0
+
+
+async def test_a_call_without_acks_has_no_credit_to_count() -> None:
+    call = Call()
+    call.meter.configured(pb.SessionConfig(prompt=pb.PromptUpdate(prompt_id="first")))
+    call.tells(session_started=pb.SessionStarted())
+    for index in range(3):
+        call.sends(index)
+        assert (call.count("credits_outstanding"), call.count("unacknowledged_chunks")) == (0, 0)
+    call.tells(session_ended=pb.SessionEnded())
+    assert (call.count("credits_outstanding"), call.count("unacknowledged_chunks")) == (0, 0)
+    assert call.count("chunks_sent_total") == 3
+    assert call.count("server_starved_client_chunks_total") == 0
 
 
 async def test_the_latency_of_a_later_prompt_counts_from_its_arrival_and_a_superseded_one_has_none() -> None:
