@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-CLUSTERS = ("tests/serve/cluster/", "tests/k8s/test_deployed.py", "tests/monitoring/test_live.py")
+CLUSTERS = ("tests/serve/cluster/", "tests/k8s/test_deployed.py")
 """Where tests that start a Ray cluster are; when tests run in several processes, one of them runs all of these."""
 
 

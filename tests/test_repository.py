@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -89,6 +90,26 @@ def test_links_between_documents_lead_somewhere() -> None:
     for path in documents:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
             assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_references_in_docstrings_lead_somewhere() -> None:
+    references = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in tracked("*.py")
+        for name in re.findall(r":[a-z]+:`~?((?:causal_forcing|serve)\.[\w.]+)`", path.read_text())
+    }
+    assert len(references) > 20
+    assert [reference for reference in sorted(references) if not _exists(reference[1])] == []
+
+
+def _exists(name: str) -> bool:
+    """Return whether a dotted name is a module, something in one, or a field that its class only declares."""
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        owner, _, field = name.rpartition(".")
+        return "." in owner and _exists(owner) and field in getattr(pkgutil.resolve_name(owner), "__annotations__", {})
+    return True
 
 
 def test_the_readme_shows_both_main_commands() -> None:

@@ -63,7 +63,7 @@ class ModerationConfig(Section):
     """A hook of the operator's that sees prompts and start images before anything is made of them.
 
     Attributes:
-        hook: ``module:function`` that is called in the gateway (see :mod:`serve.moderation`).
+        hook: ``module:function`` that is called in the gateway (see :mod:`serve.access.moderation`).
         url: HTTP endpoint that is asked instead.
         timeout_s: How long a verdict may take.
         on_failure: What happens to a request whose verdict fails or does not come in time.

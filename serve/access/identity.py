@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 
 import jwt
 from jwt.exceptions import ExpiredSignatureError, ImmatureSignatureError, InvalidTokenError, PyJWTError
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from causal_forcing.errors import InvalidRequest
 from serve.errors import NotAllowed, Unauthenticated
@@ -86,6 +86,13 @@ class ApiKey(Section):
     tenant: Tenant
     name: str = ""
 
+    @field_validator("tenant")
+    @classmethod
+    def _check(cls, tenant: str) -> str:
+        if tenant == LOCAL_TENANT:
+            raise ValueError(f"must not be {tenant}, the tenant of callers without a key")
+        return tenant
+
 
 class ApiKeysFile(Section):
     """The file of keys."""
@@ -123,11 +130,14 @@ class JsonWebTokens:
     def tenant_of(self, token: str) -> str:
         """Return the tenant that a token names."""
         claims = self._claims(token)
-        tenant = claims.get(self._config.tenant_claim)
+        name = self._config.tenant_claim
         try:
-            return _TENANT.validate_python(tenant, strict=True)
+            tenant = _TENANT.validate_python(claims.get(name), strict=True)
         except ValidationError:
-            raise Unauthenticated(f"the token's claim {self._config.tenant_claim} names no tenant") from None
+            raise Unauthenticated(f"the token's claim {name} names no tenant") from None
+        if tenant == LOCAL_TENANT:
+            raise Unauthenticated(f"the token's claim {name} is {tenant}, the tenant of callers without a token")
+        return tenant
 
     def refresh(self) -> bool:
         """Read the keys again if their file has changed."""

@@ -45,7 +45,7 @@ class TenantsFile(Section):
 
     Attributes:
         default: For tenants that are not listed.
-        unlisted: Whether tenants that are not listed are served.
+        unlisted: Whether tenants that are not listed are served; ``local``, which no credentials name, always is.
         tenants: By name.
     """
 

@@ -77,7 +77,7 @@ def parse_section(text: str, kind: type[S]) -> S:
     """
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: 2026-31-12, or 0b_
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark is not None else "somewhere"
         raise InvalidRequest("file", "(not shown)", f"must be YAML or JSON (a problem in {where})") from None

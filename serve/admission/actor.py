@@ -1,7 +1,8 @@
-"""Admission as one named actor; the gateways' end of it is :mod:`serve.desk`, the generators' :mod:`serve.reporter`.
+"""Admission as one named actor, which gateways and generators reach through its handle.
 
-Gateways keep one long poll each (:meth:`sync`) and are told where their waiting sessions stand; generators report. When
-the actor dies, Ray starts it again with an empty book and a new epoch; the gateways notice the epoch and restore it.
+Gateways keep one long poll each (:meth:`sync`; :mod:`serve.admission.desk`) and are told where their waiting sessions
+stand; generators report (:mod:`serve.admission.reporter`). When the actor dies, Ray starts it again with an empty book
+and a new epoch; the gateways notice the epoch and restore it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -26,6 +28,7 @@ from serve.pools import in_pool
 
 from .book import REPORT_EVERY_S, AdmissionBook
 from .directory import Directory
+from .handle import AdmissionHandle
 
 NAMESPACE = "causal-forcing"
 """Ray namespace of the actor."""
@@ -209,13 +212,18 @@ class _AdmissionActor:
         self._recorder.admission(self._book.counts(), waited_s)
 
 
-def connect(name: str, config: ServiceConfig) -> Any:  # noqa: ANN401  (ray's handles are untyped)
-    """Return the admission actor of that name, started if there is none.
+def connect(name: str, config: ServiceConfig) -> AdmissionHandle:
+    """Return a handle of the admission actor of that name, which is started if there is none, and when it has ended.
 
     It lives until nobody has used it for two minutes; a name therefore stands for one version of the application, so
     that an update never meets its predecessor's book. It runs beside the gateways, whose nodes are not taken away while
     there are any, as those of generators without sessions are.
     """
+    return AdmissionHandle(partial(_start, name, config))
+
+
+def _start(name: str, config: ServiceConfig) -> Any:  # noqa: ANN401  (ray's handles are untyped)
+    """Return the actor of that name, started if there is none."""
     actor: Any = ray.remote(_AdmissionActor)
     recorder = Recorder(RaySink({"application": NAMESPACE, "deployment": "Admission", "replica": name}))
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}

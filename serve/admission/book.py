@@ -1,9 +1,9 @@
 """Who gets the next generator: the queue, the idle generators and the grants, in one place and without input or output.
 
 A generator is idle when it says so: generators report the sessions they hold, and a grant reserves a place until the
-session is seen there, gives up, or its gateway falls silent. Whose turn it is, :mod:`serve.fairness` says; where there
-is a place and the memory for it, :mod:`serve.fleet`. Everything here can be rebuilt from what gateways and
-generators say, which is how the actor around it (:mod:`serve.admission_actor`) survives its own death.
+session is seen there, gives up, or its gateway falls silent. Whose turn it is, :mod:`serve.admission.fairness` says;
+where there is a place and the memory for it, :mod:`serve.admission.fleet`. Everything here can be rebuilt from what
+gateways and generators say, which is how the actor around it (:mod:`serve.admission.actor`) survives its own death.
 """
 
 from __future__ import annotations
@@ -69,26 +69,20 @@ class AdmissionBook:
             NoCapacity: If the queue or the tenant's part of it is full; the metadata says when to come back.
         """
         self._gateways[ticket.gateway_id] = now_s
-        if ticket.session_id in self._tickets:
-            return self.place(ticket.session_id, now_s)
-        if ticket.is_moving:
+        known = self._tickets.get(ticket.session_id)
+        if ticket.is_moving and (known is None or not known.is_moving):
             self.requeue(ticket, now_s)
-            return self.place(ticket.session_id, now_s)
-        self._fleet.require_size(ticket)
-        self._add(ticket, now_s)
-        self._queue(ticket)
-        self.assign(now_s)
-        if not self._tickets[ticket.session_id].replica_id:
-            refusal = self._overflow(ticket, now_s)
-            if refusal is not None:
-                self._forget(ticket.session_id, now_s)
-                raise refusal
+        elif known is None:
+            self._join(ticket, now_s)
         return self.place(ticket.session_id, now_s)
 
     def restore(
         self, gateway_id: str, tickets: Iterable[Ticket], now_s: float, ledger: Mapping[str, float] | None = None
     ) -> None:
         """Take a gateway's word for its sessions: add the ones not known here and drop the ones it no longer has.
+
+        Of those that are known, what it has said before may have been lost: that a lease began, or that its generator
+        is gone. What it may not have heard yet, that a generator is granted, stays.
 
         Args:
             gateway_id: Whose word it is.
@@ -106,6 +100,7 @@ class AdmissionBook:
             if known is not None:
                 self._shares.join(ticket.share, now_s, is_new=False)
                 self._tickets[ticket.session_id] = replace(known, share=ticket.share)
+                self._catch_up(ticket, now_s)
                 continue
             self._add(ticket, now_s, knows_all=now_s >= self._settled_s)
             if ticket.replica_id or ticket.is_moving:
@@ -155,11 +150,7 @@ class AdmissionBook:
         self._gateways[ticket.gateway_id] = now_s
         if ticket.session_id not in self._tickets:
             self._add(ticket, now_s)
-        self._fleet.ungrant(ticket.session_id)
-        self._tickets[ticket.session_id] = ticket
-        if ticket.session_id not in self._started_s:
-            self._start(ticket, now_s - ticket.held_s)
-        self._queue(ticket)
+        self._put_back(ticket, now_s)
         self.assign(now_s)
 
     def leave(self, session_id: str, now_s: float) -> None:
@@ -323,6 +314,18 @@ class AdmissionBook:
         capacity = self._fleet.capacity
         return self.expected_s / capacity if self._lengths_s and capacity else None
 
+    def _join(self, ticket: Ticket, now_s: float) -> None:
+        """Add a session that is new; raises if it may not wait."""
+        self._fleet.require_size(ticket)
+        self._add(ticket, now_s)
+        self._queue(ticket)
+        self.assign(now_s)
+        if not self._tickets[ticket.session_id].replica_id:
+            refusal = self._overflow(ticket, now_s)
+            if refusal is not None:
+                self._forget(ticket.session_id, now_s)
+                raise refusal
+
     def _overflow(self, ticket: Ticket, now_s: float) -> NoCapacity | None:
         """Return why a session that has just been queued may not wait, if so."""
         waiting, mine = sum(map(len, self._waiting.values())), len(self._waiting[ticket.share.tenant])
@@ -336,6 +339,24 @@ class AdmissionBook:
             return None
         wait_s = self.place(ticket.session_id, now_s).estimated_wait_s or 10.0
         return NoCapacity(text, reason=reason, metadata={"retry_after_s": f"{wait_s:.0f}"})
+
+    def _catch_up(self, ticket: Ticket, now_s: float) -> None:
+        """Take in what the gateway of a known session has said of it, if that was lost."""
+        known = self._tickets[ticket.session_id]
+        is_running = ticket.session_id in self._started_s and not known.is_moving
+        if ticket.replica_id and not (is_running and known.replica_id == ticket.replica_id):
+            self.confirm(ticket.session_id, ticket.replica_id, now_s - ticket.held_s)
+        elif ticket.is_moving and not known.is_moving:
+            self._put_back(ticket, now_s)
+
+    def _put_back(self, ticket: Ticket, now_s: float) -> None:
+        """Queue a known session whose generator is lost, whether or not it is queued already."""
+        self._fleet.ungrant(ticket.session_id)
+        self._unqueue(self._tickets[ticket.session_id])
+        self._tickets[ticket.session_id] = ticket
+        if ticket.session_id not in self._started_s:
+            self._start(ticket, now_s - ticket.held_s)
+        self._queue(ticket)
 
     def _grant(self, ticket: Ticket, replica_id: str, now_s: float) -> None:
         self._unqueue(ticket)

@@ -48,14 +48,14 @@ class AdmissionDesk:
 
     def __init__(
         self,
-        actor: Any,  # noqa: ANN401  (ray's handles are untyped)
+        actor: Any,  # noqa: ANN401  (calls are made as ray's handles make them)
         gateway_id: str,
         is_current: Callable[[], bool] = lambda: True,
     ) -> None:
         """Take the actor's handle.
 
         Args:
-            actor: Admission.
+            actor: Admission's handle.
             gateway_id: Unique id of the gateway's replica.
             is_current: Whether the gateway's version of the application is the one in service; may block.
         """
@@ -76,6 +76,14 @@ class AdmissionDesk:
         """Say whose sessions these are, so that admission hears what they have had."""
         self._carrier = carrier
 
+    def start(self) -> None:
+        """Begin to poll, unless that is so already; needs the running event loop.
+
+        Also a gateway without sessions polls: admission ends itself when it hears of nobody.
+        """
+        if self._loop is None or self._loop.done():
+            self._loop = detached(self._keep_synced())
+
     async def places(self, claim: Claim) -> AsyncGenerator[Place]:
         """Join the queue and yield where the session stands: at once, on every change, and every few seconds.
 
@@ -90,8 +98,7 @@ class AdmissionDesk:
             Unavailable: If admission cannot be reached, or if another version of the application has taken over: its
                 generators are not in this queue, and those that are will stop (``REPLICA_DRAINING``).
         """
-        if self._loop is None or self._loop.done():
-            self._loop = detached(self._keep_synced())
+        self.start()
         session_id = claim.session_id
         new = Ticket(session_id, self._gateway_id, time.time(), share=claim.share, nbytes=claim.nbytes)
         ticket = self._tickets.setdefault(session_id, new)
@@ -180,12 +187,16 @@ class AdmissionDesk:
     def change_shares(self, share_of: Callable[[str], Share]) -> None:
         """Give every tenant its new share; admission hears of it with the next poll."""
         self._tickets = {s: replace(t, share=share_of(t.share.tenant)) for s, t in self._tickets.items()}
-        self._epoch = ""  # as if admission had begun anew: it is told everything
+        self._restore()
 
     def close(self) -> None:
         """Stop polling."""
         if self._loop is not None:
             self._loop.cancel()
+
+    def _restore(self) -> None:
+        """Have admission told everything with the next poll, as if it had begun anew."""
+        self._epoch = ""
 
     async def _is_replaced(self) -> bool:
         """Return whether another version has taken over; all who ask at a time share one look at it."""
@@ -199,10 +210,11 @@ class AdmissionDesk:
                 progress = self._carrier.progress() if self._carrier is not None else {}
                 view: QueueView = await self._actor.sync.remote(self._gateway_id, self._epoch, self._version, progress)
                 if view.epoch != self._epoch or not view.is_known:
+                    self._epoch, self._version = view.epoch, -1  # first: what changes meanwhile is told again
                     await self._actor.restore.remote(self._gateway_id, self._written_tickets(), self._ledger)
-                    self._epoch, self._version = view.epoch, -1
                     continue
             except RayActorError:
+                self._restore()
                 await asyncio.sleep(RETRY_S)
                 continue
             self._version, self._ledger = view.version, view.ledger
@@ -234,4 +246,5 @@ class AdmissionDesk:
         try:
             await call
         except RayActorError:
-            LOGGER.warning("admission is being restarted; it will be restored")
+            LOGGER.warning("admission was not reached; it will be restored")
+            self._restore()

@@ -27,11 +27,13 @@ class Account:
         share: What it may have.
         settled_s: Virtual time of its finished sessions.
         leases: Sessions with a generator: since when, and the least they are charged.
+        is_here: Whether it has sessions, also ones that wait.
     """
 
     share: Share
     settled_s: float = 0.0
     leases: dict[str, tuple[float, float]] = field(default_factory=dict)
+    is_here: bool = True
 
     def virtual_s(self, now_s: float) -> float:
         """Return the virtual time, running sessions included with at least what they are charged."""
@@ -73,7 +75,7 @@ class FairShares:
         """Take in what a tenant may have; ``is_new`` says that it has no other session, so it may have been away."""
         self._advance(now_s)
         account = self._accounts.setdefault(share.tenant, Account(share))
-        account.share = share
+        account.share, account.is_here = share, True
         if is_new and not account.leases:
             account.settled_s = max(account.settled_s, self._clock_s)
 
@@ -100,10 +102,11 @@ class FairShares:
             account.settled_s += max(0.0, now_s - lease[0]) / account.share.weight
 
     def part(self, tenant: str) -> None:
-        """Forget a tenant without sessions unless it has had more than the others, who may still catch up."""
+        """Note that a tenant has no sessions any more; it is remembered until the others have had as much."""
         account = self._accounts.get(tenant)
-        if account is not None and not account.leases and account.settled_s <= self._clock_s:
-            del self._accounts[tenant]
+        if account is not None:
+            account.is_here = False
+            self._forget()
 
     def order(self, queues: Mapping[str, Sequence[tuple[float, str]]], now_s: float, expected_s: float) -> Order:
         """Return the order in which waiting sessions get generators if each lasts as long as expected.
@@ -149,4 +152,15 @@ class FairShares:
     def _advance(self, now_s: float) -> None:
         """Move the clock to the least that a tenant with a generator has really had; it never goes back."""
         active = [account.had_s(now_s) for account in self._accounts.values() if account.leases]
-        self._clock_s = max(self._clock_s, min(active, default=0.0))
+        clock_s = min(active, default=0.0)
+        if clock_s > self._clock_s:
+            self._clock_s = clock_s
+            self._forget()
+
+    def _forget(self) -> None:
+        """Forget the tenants without sessions that the clock has caught up with: who comes back begins there anyway."""
+        self._accounts = {
+            tenant: account
+            for tenant, account in self._accounts.items()
+            if account.is_here or account.leases or account.settled_s > self._clock_s
+        }

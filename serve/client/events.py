@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from google.protobuf.duration_pb2 import Duration
 
+from causal_forcing.errors import InvalidRequest
 from causal_forcing.prompts import Blend, PromptUpdate, WeightedPrompt
 from protos.causal_forcing.v1 import video_pb2 as pb
 
@@ -58,6 +60,9 @@ class StreamOptions:
         h264_bit_rate: Bits a second; H.264 only.
         h264_keyframe_interval_frames: Frames from one keyframe to the next; H.264 only.
         start_image: JPEG or PNG file that the video starts from; empty for none.
+
+    Raises:
+        InvalidRequest: If the protocol has no such codec, pacing or slow-client policy.
     """
 
     prompt: PromptUpdate | str
@@ -76,6 +81,13 @@ class StreamOptions:
     h264_bit_rate: int | None = None
     h264_keyframe_interval_frames: int | None = None
     start_image: bytes = b""
+
+    def __post_init__(self) -> None:
+        _require_name("codec", self.codec, CODECS)
+        if self.pacing is not None:
+            _require_name("pacing", self.pacing, PACINGS)
+        if self.slow_client_policy is not None:
+            _require_name("slow_client_policy", self.slow_client_policy, SLOW_CLIENT_POLICIES)
 
     def to_proto(self) -> pb.SessionConfig:
         """Return the protocol's message."""
@@ -353,6 +365,11 @@ class SessionInfo:
 
 Event = Queued | Started | PromptApplied | PromptRefused | Frame | Moved | FramesDropped | Ending | Ended | Reconnecting
 """What a session yields."""
+
+
+def _require_name(field: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise InvalidRequest(field, name, f"must be one of {', '.join(known)}")
 
 
 def as_update(prompt: PromptUpdate | str) -> PromptUpdate:

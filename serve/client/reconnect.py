@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 from collections.abc import Callable
@@ -54,7 +55,7 @@ class AsyncReconnectingSession:
     """Iterates over the events of one session after another; a lost one is told as :class:`Reconnecting`.
 
     A new session is a new video: its indices begin at 0, and it begins with the prompt that was sent last and not
-    refused. It does not go on where the lost one stopped.
+    refused. It does not go on where the lost one stopped. Waiting for an event may be given up, as with one session.
 
     Args:
         open_session: Opens a session; nothing is sent until it is iterated over.
@@ -71,7 +72,8 @@ class AsyncReconnectingSession:
         self._retry = retry
         self._numbers = itertools.count(1)
         self._attempt = 0
-        self._wait_s = 0.0
+        self._due_s = 0.0
+        self._is_ending = asyncio.Event()
         self._session: AsyncVideoSession | None = None
 
     def __aiter__(self) -> Self:
@@ -79,7 +81,8 @@ class AsyncReconnectingSession:
 
     async def __anext__(self) -> Event:
         if self._session is None:
-            await asyncio.sleep(self._wait_s)
+            if await self._ends_first():
+                raise StopAsyncIteration
             self._session = self._open_session(replace(self._options, prompt=self._prompts[-1]))
         try:
             event = await anext(self._session)
@@ -87,8 +90,10 @@ class AsyncReconnectingSession:
             wait_s = self._retry.wait_s(error, self._attempt + 1)
             if wait_s is None:
                 raise
+            self._attempt, self._due_s = self._attempt + 1, asyncio.get_running_loop().time() + wait_s
             await self.close()
-            self._attempt, self._wait_s = self._attempt + 1, wait_s
+            if self._is_ending.is_set():
+                raise StopAsyncIteration from error
             return Reconnecting(error, self._attempt, wait_s)
         match event:
             case Frame():
@@ -127,9 +132,17 @@ class AsyncReconnectingSession:
             await self._session.request_keyframe()
 
     async def end(self) -> None:
-        """Ask for the end of the session; the iteration goes on until the server's Ended."""
+        """Ask for the end: the iteration goes on until the server's Ended; between two sessions it is over."""
+        self._is_ending.set()
         if self._session is not None:
             await self._session.end()
+
+    async def _ends_first(self) -> bool:
+        """Wait until a new session is due; return at once whether there shall be none."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._due_s):
+                await self._is_ending.wait()
+        return self._is_ending.is_set()
 
     async def close(self) -> None:
         """End the session that runs, if one does, without waiting for what is under way."""

@@ -41,7 +41,7 @@ class H264Encoder:
         return FIXED_BYTES + FRAMES_HELD * height * width * 3 // 2
 
     def encode(self, pixels: Pixels, number: int, *, keyframe: bool) -> EncodedFrame:
-        """Return one frame as bytes (see :class:`~serve.frames.FrameEncoder`)."""
+        """Return one frame as bytes (see :class:`~serve.codecs.frames.FrameEncoder`)."""
         picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         picture.pts = number
         picture.pict_type = PictureType.I if keyframe else PictureType.NONE

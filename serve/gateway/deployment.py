@@ -63,6 +63,7 @@ class Gateway:
         )
         self._service = GatewayService(config, backends, desk, replica_id)
         desk.carry(self._service)
+        desk.start()
         self._http = HttpEndpoints(config, lambda: running_replicas(replica.app_name))
         detached(self._service.keep_reloading())
         await asyncio.to_thread(succession.announce, replica.app_name, admission)

@@ -71,7 +71,7 @@ class CallContext(Protocol):
 
 
 class Directory(Protocol):
-    """All sessions of the service (see :class:`~serve.desk.AdmissionDesk`)."""
+    """All sessions of the service (see :class:`~serve.admission.desk.AdmissionDesk`)."""
 
     async def sessions(self) -> list[SessionView]:
         """Return all sessions."""
@@ -222,8 +222,11 @@ class GatewayService:
         """Look after the operators' files, for ever."""
         while True:
             await asyncio.sleep(RELOAD_EVERY_S)
-            if await asyncio.to_thread(self._identity.refresh):
-                self.apply_policies()
+            try:
+                if await asyncio.to_thread(self._identity.refresh):
+                    self.apply_policies()
+            except Exception as error:  # noqa: BLE001  (a look that fails must not be the last one)
+                failure_of(error)  # logs it without what the file says
 
     def apply_policies(self) -> None:
         """End the sessions of tenants that are banned now, and tell admission of new shares."""

@@ -114,7 +114,13 @@ def test_a_key_names_a_tenant_and_the_file_may_change(tmp_path: Path) -> None:
         identity.identify(bearer("key-a"), ELSEWHERE)
 
 
-@pytest.mark.parametrize("text", ["keys: [{sha256: short, tenant: a}]", "- 1", "{", "keys: [{secret-key: x}]", ""])
+ODD_YAML = ("name: 2026-31-12", "x: 0b_", "[" * 3000)
+"""What makes the parser fail in ways of its own."""
+
+
+@pytest.mark.parametrize(
+    "text", ["keys: [{sha256: short, tenant: a}]", "- 1", "{", "keys: [{secret-key: x}]", "", *ODD_YAML]
+)
 def test_a_file_of_keys_that_is_wrong_is_refused_at_the_start_and_never_shown(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "keys.yaml", text)
     with pytest.raises(InvalidRequest) as caught:
@@ -127,8 +133,9 @@ def test_a_change_that_is_wrong_changes_nothing_and_is_logged(tmp_path: Path, ca
     path = keys_file(tmp_path / "keys.json", **{"key-a": "a"})
     keys = ApiKeys(IdentityConfig(mode="api_keys", api_keys_file=path))
     caplog.set_level("ERROR", "ray.serve")
-    write(path, "keys: 7")
-    assert not keys.refresh()
+    for text in ("keys: 7", *ODD_YAML):
+        write(path, text)
+        assert not keys.refresh()
     path.unlink()
     assert not keys.refresh()
     assert keys.tenant_of("key-a") == "a"
@@ -197,6 +204,7 @@ def test_a_signed_token_names_a_tenant(tmp_path: Path, rsa_key: rsa.RSAPrivateKe
         ({"sub": None}, "names no tenant"),
         ({"sub": "a\nb"}, "names no tenant"),
         ({"sub": ""}, "names no tenant"),
+        ({"sub": LOCAL_TENANT}, "is local, the tenant of callers without a token"),
     ],
 )
 def test_a_token_that_is_not_for_here_and_now_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -291,6 +299,15 @@ def test_a_tenants_file_says_what_each_may_do_and_may_change(tmp_path: Path) -> 
         with pytest.raises(NotAllowed):
             identity.identify(bearer(token), ELSEWHERE)
     assert not identity.refresh()
+
+
+def test_the_tenant_of_callers_without_credentials_has_none(tmp_path: Path) -> None:
+    """It is served also when others that are not listed are refused, and the file may make it an operator."""
+    path = keys_file(tmp_path / "keys.json", **{"key-a": LOCAL_TENANT})
+    with pytest.raises(InvalidRequest, match="keys.0.tenant: .* must not be local"):
+        ApiKeys(IdentityConfig(mode="api_keys", api_keys_file=path))
+    tenants = write(tmp_path / "tenants.yaml", "unlisted: refuse")
+    assert Identity(IdentityConfig(tenants_file=tenants), any_peer=True).identify([], ELSEWHERE).tenant == LOCAL_TENANT
 
 
 @pytest.mark.parametrize(

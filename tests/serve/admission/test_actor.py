@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
 from causal_forcing.errors import NoCapacity
 from serve.access.config import UsageConfig
@@ -19,6 +19,7 @@ from serve.admission.actor import _AdmissionActor
 from serve.admission.book import GATEWAY_SILENT_S, SETTLE_S
 from serve.admission.desk import AdmissionDesk
 from serve.admission.directory import LOST_S
+from serve.admission.handle import AdmissionHandle
 from serve.admission.reporter import Reporter
 from serve.errors import Unavailable
 from serve.messages import Claim, Place, Progress, Share
@@ -27,22 +28,27 @@ T = TypeVar("T")
 
 
 class Remote:
-    """The actor as Ray hands it out: calls are awaited; while it is down they fail, and it comes back empty."""
+    """The actor as Ray hands it out: calls are awaited; while it is down they fail, and it comes back empty.
+
+    Attributes:
+        lost: Methods whose next call does not reach the actor, which lives.
+    """
 
     def __init__(self, max_queued: int = 10, usage: UsageConfig | None = None) -> None:
         self._told = (max_queued, "tiny", usage)
         self.calls: set[asyncio.Task[Any]] = set()
+        self.lost: set[str] = set()
         self.restart()
 
-    def kill(self) -> None:
-        self.is_down = True
+    def kill(self, *, for_good: bool = False) -> None:
+        self.error = ActorDiedError() if for_good else ActorUnavailableError("restarting", None)
         for call in self.calls:
             call.cancel()
 
     def restart(self) -> None:
         self.actor: Any = _AdmissionActor(*self._told)
         self.actor._book._settled_s -= SETTLE_S
-        self.is_down = False
+        self.error: RayActorError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return RemoteMethod(self, name)
@@ -53,8 +59,11 @@ class RemoteMethod:
         self._remote, self._name = remote, name
 
     async def remote(self, *args: Any) -> Any:
-        if self._remote.is_down:
-            raise ActorUnavailableError("restarting", None)
+        if self._remote.error is not None:
+            raise self._remote.error
+        if self._name in self._remote.lost:
+            self._remote.lost.discard(self._name)
+            raise ActorUnavailableError("lost", None)
         call = asyncio.create_task(getattr(self._remote.actor, self._name)(*args))
         self._remote.calls.add(call)
         try:
@@ -62,7 +71,7 @@ class RemoteMethod:
         finally:
             self._remote.calls.discard(call)
         if call.cancelled():
-            raise ActorUnavailableError("died", None)
+            raise self._remote.error or ActorUnavailableError("died", None)
         return call.result()
 
 
@@ -179,6 +188,93 @@ async def test_a_gateway_that_was_taken_for_dead_restores_its_claims(actor: Remo
     generator = Reporter(actor, "g1", capacity=1)
     generator.start()
     assert await granted(places) == "g1"
+    desk.close()
+
+
+async def test_a_gateway_without_sessions_keeps_admission_alive(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    assert actor.actor._book.is_unused
+    desk.start()
+    desk.start()
+    async with asyncio.timeout(10):
+        await desk._news.wait()
+    assert not actor.actor._book.is_unused
+    desk.close()
+
+
+async def test_an_actor_that_ended_itself_is_replaced_for_everyone_who_holds_its_handle(
+    monkeypatch: pytest.MonkeyPatch, actor: Remote
+) -> None:
+    monkeypatch.setattr("serve.admission.desk.RETRY_S", 0.0)
+    monkeypatch.setattr("serve.admission.reporter.REPORT_EVERY_S", 0.01)
+    ended = Remote()
+    found = [actor, ended]
+    handles = [AdmissionHandle([actor, ended].pop), AdmissionHandle(found.pop)]
+    desk, generator = AdmissionDesk(handles[0], "gw"), Reporter(handles[1], "g1", capacity=1)
+    ended.kill(for_good=True)
+    generator.start()
+    assert await granted(desk.places(Claim("a"))) == "g1"
+    assert found == []
+    desk.close()
+
+
+async def test_calls_that_meet_an_ended_actor_share_one_look_for_the_next(actor: Remote) -> None:
+    ended, looks = Remote(), list[Remote]()
+
+    def connect() -> Remote:
+        looks.append(actor if looks else ended)
+        return looks[-1]
+
+    handle = AdmissionHandle(connect)
+    ended.kill(for_good=True)
+    answers = await asyncio.gather(*(handle.counts.remote() for _ in range(5)), return_exceptions=True)
+    assert all(isinstance(answer, ActorDiedError) for answer in answers)
+    assert looks == [ended, actor]
+    assert (await handle.counts.remote())["waiting"] == 0
+
+
+async def test_an_actor_that_is_being_restarted_keeps_its_handle(actor: Remote) -> None:
+    found = [actor]
+    handle = AdmissionHandle(found.pop)
+    actor.kill()
+    with pytest.raises(ActorUnavailableError):
+        await handle.counts.remote()
+    actor.restart()
+    assert (await handle.counts.remote())["waiting"] == 0
+
+
+async def test_what_a_living_admission_did_not_hear_is_made_good(
+    actor: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.admission.actor.SYNC_TIMEOUT_S", 0.01)
+    desk = AdmissionDesk(actor, "gw")
+    await actor.actor.report("g1", 1, [])
+    assert await granted(desk.places(Claim("a", Share("studio", max_sessions=1)))) == "g1"
+    actor.lost.add("confirm")
+    await desk.confirm("a", "g1")
+    await until(desk.sessions, lambda views: views[0].is_running)
+    actor.lost.add("leave")
+    await desk.leave("a")
+    await until(desk.sessions, lambda views: not views)
+    await actor.actor.report("g1", 1, [])
+    assert await granted(desk.places(Claim("b", Share("studio", max_sessions=1)))) == "g1"
+    desk.close()
+
+
+async def test_a_change_during_a_restore_is_told_with_the_next_one(actor: Remote) -> None:
+    desk = AdmissionDesk(actor, "gw")
+    places = desk.places(Claim("a", Share("studio")))
+    assert await next_place(places) == Place(0)
+    restore = actor.actor.restore
+
+    async def restore_meanwhile(*told: Any) -> None:
+        actor.actor.restore = restore
+        desk.change_shares(lambda tenant: Share(tenant, max_sessions=0))
+        await restore(*told)
+
+    actor.actor.restore = restore_meanwhile
+    desk.change_shares(lambda tenant: Share(tenant, weight=7))
+    await until(actor.counts.remote, lambda counts: counts["blocked"])
     desk.close()
 
 

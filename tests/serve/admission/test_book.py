@@ -92,6 +92,61 @@ def test_a_moving_session_keeps_its_charge_and_its_tenants_place() -> None:
     assert admission.place("b", NOW).replica_id == "g2"
 
 
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_session_may_be_queued_again_twice(queued: bool) -> None:
+    admission = book()
+    admission.report("g1", 1, ["other"] if queued else [], NOW)
+    admission.enqueue(ticket("a"), NOW)
+    moving = ticket("a", is_moving=True)
+    for _ in range(2):
+        admission.requeue(moving, NOW)
+    admission.retire("g1")
+    admission.requeue(moving, NOW)
+    admission.leave("a", NOW)
+    assert (admission.counts()["waiting"], admission.order(NOW).ready) == (0, ())
+
+
+def test_a_gateways_word_makes_good_that_a_lease_began() -> None:
+    admission = book()
+    admission.report("g1", 2, [], NOW)
+    for name in "ab":
+        assert admission.enqueue(ticket(name), NOW).replica_id == "g1"
+    told = [ticket("a", replica_id="g1", held_s=3.0), ticket("b")]
+    for _ in range(2):
+        admission.restore("gw", told, NOW)
+        assert {"running": 1, "granted": 1, "waiting": 0}.items() <= admission.counts().items()
+    assert admission.place("b", NOW).replica_id == "g1", "it was granted, which its gateway has not heard yet"
+    admission.leave("a", NOW)
+    assert admission.ledger()["local"] == 3.0
+
+
+def test_a_gateways_word_makes_good_that_a_generator_was_lost_and_the_next_one_taken() -> None:
+    admission = book()
+    admission.report("g1", 1, [], NOW)
+    admission.enqueue(ticket("a"), NOW)
+    admission.confirm("a", "g1", NOW)
+    admission.enqueue(ticket("b", 1), NOW)
+    admission.retire("g1")
+    moving = ticket("a", is_moving=True, held_s=5.0)
+    for _ in range(2):
+        admission.restore("gw", [moving, ticket("b", 1)], NOW)
+        assert [admission.place(name, NOW).ahead for name in "ab"] == [0, 1]
+    admission.report("g2", 1, [], NOW)
+    admission.restore("gw", [moving, ticket("b", 1)], NOW)
+    assert admission.place("a", NOW).replica_id == "g2", "it was granted, which its gateway has not heard yet"
+    admission.restore("gw", [ticket("a", replica_id="g2", held_s=6.0), ticket("b", 1)], NOW)
+    assert {"running": 1, "granted": 0, "waiting": 1}.items() <= admission.counts().items()
+    assert set(admission.places("gw", NOW)) == {"b"}
+
+
+def test_a_session_that_lost_its_generator_is_not_sent_there_again_when_only_its_next_claim_is_heard() -> None:
+    admission = book()
+    admission.report("g1", 1, [], NOW)
+    admission.enqueue(ticket("a"), NOW)
+    admission.confirm("a", "g1", NOW)
+    assert admission.enqueue(ticket("a", is_moving=True), NOW) == Place(0)
+
+
 def test_several_sessions_may_share_a_generator() -> None:
     admission = book()
     admission.report("g1", 2, [], NOW)

@@ -135,6 +135,68 @@ def test_busy_tenants_get_generator_time_by_weight(
     assert max(virtual) - min(virtual) <= slack_s
 
 
+class Hoarder(FairShares):
+    """Never forgets anybody."""
+
+    def _forget(self) -> None:
+        return
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 90)), max_size=60), st.integers(1, 4))
+def test_whom_the_clock_has_caught_up_with_may_be_forgotten(steps: list[tuple[str, int]], generators: int) -> None:
+    """Tenants come for one session and go; the order of those who wait is the one that a full memory gives."""
+    books = FairShares(), Hoarder()
+    running: list[tuple[str, str]] = []
+    now_s = 0.0
+    for number, (tenant, length_s) in enumerate(steps):
+        now_s += length_s
+        held = {name for name, _ in running}
+        waiting = {name: [(float(number), f"{name}{number}")] for name in {tenant, "a", "h"}}
+        for fair in books:
+            for name in sorted(waiting):
+                fair.join(Share(name, 1 + "abcdefgh".index(name) % 3), now_s, is_new=name not in held)
+        first, second = (fair.order(waiting, now_s, 60.0).ready for fair in books)
+        assert first == second
+        chosen = first[0][0]
+        running.append((chosen, first[0]))
+        for fair in books:
+            fair.grant(chosen, first[0], now_s, 60.0)
+            fair.started(chosen, first[0], now_s, 60.0)
+        if len(running) > generators:
+            over = running.pop(0)
+            for fair in books:
+                fair.settle(*over, now_s)
+        for fair in books:
+            for name in set("abcdefgh") - {name for name, _ in running}:
+                fair.part(name)
+    assert set(books[0].ledger()) <= set(books[1].ledger())
+
+
+def test_the_ledger_does_not_grow_with_every_tenant_that_has_ever_come() -> None:
+    fair = shares(always=3)
+    fair.grant("always", "x", 0.0, 60.0)
+    fair.started("always", "x", 0.0, 60.0)
+    most = 0
+    for number in range(2000):
+        now_s, tenant = 60.0 * number, f"t{number}"
+        fair.join(Share(tenant), now_s, is_new=True)
+        fair.grant(tenant, "y", now_s, 60.0)
+        fair.started(tenant, "y", now_s, 60.0)
+        fair.settle(tenant, "y", now_s + 60.0)
+        fair.part(tenant)
+        most = max(most, len(fair.ledger()))
+    assert most <= 5, "a minute's lead is caught up with in three"
+
+
+def test_a_tenant_whose_sessions_wait_is_not_forgotten() -> None:
+    fair = shares(a=1, b=1)
+    fair.grant("a", "x", 0.0, 60.0)
+    fair.settle("a", "x", 600.0)
+    fair.join(Share("a"), 600.0, is_new=False)
+    assert fair.order(queues(a=1, b=1), 600.0, 60.0).ready == ("b0", "a0")
+
+
 def test_an_unknown_tenant_holds_nothing() -> None:
     assert FairShares().held("nobody") == 0
     with pytest.raises(KeyError):

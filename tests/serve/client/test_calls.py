@@ -8,8 +8,10 @@ from typing import Any
 import grpc
 import pytest
 
+from causal_forcing.errors import InvalidRequest
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
 from serve.client import (
+    AsyncReconnectingSession,
     AsyncVideoClient,
     Ended,
     Event,
@@ -192,6 +194,91 @@ def test_the_blocking_client_reconnects() -> None:
                 session.end()
     assert kinds.count(Reconnecting) == 1
     assert kinds[-1] is Ended
+
+
+class LostSession:
+    """A session that is lost when its first event is asked for, or, if it has one, when its end is."""
+
+    def __init__(self, *events: Event) -> None:
+        self._events = list(events)
+        self._lost = asyncio.Event()
+
+    async def __anext__(self) -> Event:
+        if self._events:
+            return self._events.pop()
+        if not self._lost.is_set():
+            await self._lost.wait()
+        raise VideoServiceError(grpc.StatusCode.UNAVAILABLE, "died", reason="GENERATOR_LOST")
+
+    async def end(self) -> None:
+        self._lost.set()
+
+    async def close(self) -> None:
+        return
+
+
+def lost_at_once() -> LostSession:
+    session = LostSession()
+    session._lost.set()
+    return session
+
+
+def following(*sessions: LostSession) -> tuple[AsyncReconnectingSession, list[LostSession]]:
+    """Return what goes from one of the sessions to the next after an hour, and those that it has not opened."""
+    left = list(sessions)
+    open_session: Any = lambda options: left.pop(0)  # noqa: E731
+    retry = Retry(first_wait_s=3600.0, max_wait_s=3600.0, jitter=0.0)
+    return AsyncReconnectingSession(open_session, StreamOptions("a fox"), retry), left
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+async def test_an_end_between_two_sessions_is_the_end(is_awaited: bool) -> None:
+    session, left = following(lost_at_once(), lost_at_once())
+    assert isinstance(await anext(session), Reconnecting)
+    waiting = asyncio.ensure_future(anext(session, None)) if is_awaited else None
+    await asyncio.sleep(0)
+    await session.end()
+    async with asyncio.timeout(10):
+        assert await (waiting or anext(session, None)) is None
+    assert len(left) == 1
+
+
+async def test_an_end_that_a_lost_session_does_not_hear_is_the_end() -> None:
+    session, left = following(LostSession(Ended("", 0, 0, 0, 0.0)), lost_at_once())
+    await anext(session)
+    await session.end()
+    assert await anext(session, None) is None
+    assert len(left) == 1
+
+
+async def test_waiting_for_the_next_session_may_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, passed_s = asyncio.get_running_loop(), [0.0]
+    real_s = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real_s() + passed_s[0])
+    session, left = following(lost_at_once(), LostSession(Ended("", 0, 0, 0, 0.0)))
+    await anext(session)
+    for passed_s[0] in (1800.0, 3590.0):  # what the loop's clock is ahead
+        waiting = asyncio.ensure_future(anext(session))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert len(left) == 1
+    passed_s[0] = 3601.0
+    async with asyncio.timeout(10):
+        assert isinstance(await anext(session), Ended)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("codec", "h264", "h264_annexb, h264_fmp4"),
+        ("pacing", "fast", "realtime, as_fast_as_possible"),
+        ("slow_client_policy", "", "lossless, drop_to_latest"),
+    ],
+)
+def test_an_option_that_the_protocol_does_not_have_is_named(field: str, value: str, allowed: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^{field}: got '{value}'; must be one of .*{allowed}"):
+        StreamOptions("a fox", **{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

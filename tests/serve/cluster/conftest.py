@@ -9,7 +9,6 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,13 @@ class Cluster:
         """Kill the admission actor as a crash would."""
         os.kill(self._process("ray::_AdmissionActor"), signal.SIGKILL)
 
-    @cached_property
+    def end_admission(self) -> None:
+        """End the admission actor for good, as it does itself when nobody uses it."""
+        import ray
+
+        ray.kill(self._admission)
+
+    @property
     def _admission(self) -> Any:
         import ray
 

@@ -265,10 +265,11 @@ async def test_a_gateway_that_dies_leaves_its_word_and_no_lease(cluster: Cluster
     await cluster.serves()
 
 
-async def test_admission_that_dies_takes_no_session_with_it(cluster: Cluster) -> None:
+@pytest.mark.parametrize("lose", [Cluster.kill_admission, Cluster.end_admission])
+async def test_admission_that_dies_takes_no_session_with_it(cluster: Cluster, lose: Callable[[Cluster], None]) -> None:
     async with cluster.session() as running:
         await first_frame(running.__anext__)
-        cluster.kill_admission()
+        lose(cluster)
         async with cluster.session() as waiting:
             told = await anext(waiting)
             assert isinstance(told, Queued | Started)

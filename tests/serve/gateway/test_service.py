@@ -258,6 +258,29 @@ async def test_a_ban_ends_running_sessions_and_refuses_new_ones(keyed: dict[str,
         assert (await last(other)).HasField("session_ended")
 
 
+async def test_a_look_at_the_files_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serve.gateway.service.RELOAD_EVERY_S", 0.0)
+    applied, looks = asyncio.Event(), iter([True])
+
+    def look() -> bool:
+        if caplog.records:
+            return next(looks, False)
+        raise KeyError("a secret")
+
+    async with running() as gateway:
+        monkeypatch.setattr(gateway.service._identity, "refresh", look)
+        monkeypatch.setattr(gateway.service, "apply_policies", applied.set)
+        caplog.set_level("ERROR", "ray.serve")
+        reloading = asyncio.create_task(gateway.service.keep_reloading())
+        async with asyncio.timeout(10):
+            await applied.wait()
+        reloading.cancel()
+    assert "KeyError" in caplog.text
+    assert "a secret" not in caplog.text
+
+
 async def test_a_tenants_longest_session_is_told(keyed: dict[str, Any]) -> None:
     async with running(**keyed) as gateway:
         for key, longest_s in (("a", 5), ("b", 3600)):
