@@ -17,6 +17,10 @@ TRIALS ?= 200
 KILLS ?= 5
 DURATION ?= 10
 ARGS ?=
+# Generated code asks for the versions of protobuf and grpcio that it was made with, or later ones (pyproject.toml says so):
+# these are as old as Daydream Scope's, and not those of .venv.
+GRPC_TOOLS := grpcio-tools==1.76.0
+PROTOC := $(VENV)/protoc
 
 .PHONY: gpu-check help node-example setup demo showcase serve observe test test-fast test-scope lint type format check \
 	manifests protos protos-breaking parity bench \
@@ -33,6 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	@echo 'installing the pinned environment into $(VENV): some minutes, once'
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[server,dev]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PROTOC) $(GRPC_TOOLS)
 	touch $@
 
 demo: $(STAMP) ## Run the whole service once on this machine and write demo.mp4.
@@ -79,7 +84,7 @@ node-example: ## Install the packages of the Node.js example, whose tests are sk
 	cd examples/node && npm ci --ignore-scripts --no-audit --no-fund
 
 protos: $(STAMP) ## Generate the Python code of protos/ again.
-	$(PYTHON) -m grpc_tools.protoc --proto_path=. --proto_path=protos/third_party \
+	PYTHONPATH=$(PROTOC) $(PYTHON) -m grpc_tools.protoc --proto_path=. --proto_path=protos/third_party \
 		--python_out=. --pyi_out=. --grpc_python_out=. $$(find protos/causal_forcing -name '*.proto')
 
 protos-breaking: $(STAMP) ## Compare the protos with the main branch: nothing may break a client.
@@ -88,12 +93,12 @@ protos-breaking: $(STAMP) ## Compare the protos with the main branch: nothing ma
 parity: $(STAMP) ## Compare the engine with golden tensors (GOLDEN=DIR).
 	$(VENV)/bin/causal-forcing parity $(GOLDEN)
 
-bench: $(STAMP) ## Measure everything again (minutes; REFERENCE=DIR: beside the reference) and fill the README's table.
+bench: $(STAMP) ## Measure everything again (minutes; REFERENCE=DIR: beside the reference) and fill the tables.
 	for name in $(filter-out dit,$(BENCHMARKS)); do OMP_NUM_THREADS=2 $(PYTHON) benchmarks/$$name.py $(ARGS); done
 	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/dit.py $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
 	$(MAKE) readme-numbers
 
-bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity, scaling (10 minutes), and fill the table.
+bench-serve: $(STAMP) ## Measure the service: cadence, prompt switches, capacity, scaling (10 minutes), and fill the tables.
 	$(PYTHON) benchmarks/serve_stream.py --engine simulated --switches 24 $(ARGS)
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --chunks 80 --switches 18 $(ARGS)
 	$(PYTHON) benchmarks/serve_stream.py --engine tiny --vae lightvae --chunks 80 --switches 18 $(ARGS)
@@ -119,9 +124,11 @@ full-size: $(STAMP) ## Load and run parts of the real sizes, with random weights
 	OMP_NUM_THREADS=2 $(PYTHON) benchmarks/full_size.py $(ARGS)
 
 gpu-check: $(STAMP) ## Check parity, waits, copies, memory and speed on this machine's GPU; writes a report.
+	if command -v nvidia-smi >/dev/null; then \
+		$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torchao; fi
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-readme-numbers: $(STAMP) ## Fill the README's table from benchmarks/results.
+readme-numbers: $(STAMP) ## Fill the tables of docs/benchmarks.md and the README from benchmarks/results.
 	$(PYTHON) benchmarks/readme.py
 
 clean: ## Remove what builds and runs leave behind.
@@ -131,7 +138,9 @@ clean: ## Remove what builds and runs leave behind.
 distclean: clean ## Remove the environment, too.
 	rm -rf $(VENV) examples/node/node_modules
 
+# torchao is installed where there is a GPU only: elsewhere its pin stays.
 constraints: $(STAMP) ## Write constraints.txt from what is installed now.
 	{ echo '# The whole tested environment; written by `make constraints`.'; \
-		$(PYTHON) -m pip freeze --exclude-editable --disable-pip-version-check | sed -E '/ @ /d; s/\+cpu$$//'; } > constraints.new
+		{ $(PYTHON) -m pip freeze --exclude-editable --disable-pip-version-check | sed -E '/ @ /d; s/\+cpu$$//'; \
+			grep '^torchao==' constraints.txt; } | LC_ALL=C sort -fsu -t= -k1,1; } > constraints.new
 	mv constraints.new constraints.txt

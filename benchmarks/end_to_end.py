@@ -77,8 +77,8 @@ def _first_chunk_s(engine: Engine, number: int, clock: Callable[[], float]) -> f
     return clock() - started
 
 
-def readme_rows(results: list[dict[str, Any]], *, cpu_time: bool) -> list[dict[str, str]]:
-    """Return what the README's table says."""
+def readme_rows(results: list[dict[str, Any]], *, cpu_time: bool) -> list[dict[str, Any]]:
+    """Return what the table says."""
     how = ", processor time of one thread" if cpu_time else ""
     return [
         {
@@ -87,6 +87,7 @@ def readme_rows(results: list[dict[str, Any]], *, cpu_time: bool) -> list[dict[s
                 f"{r['fps']} FPS ({r['real_time_factor']} x real time; {r['denoise_fps']} FPS without decoding), "
                 f"TTFC {r['ttfc_ms']['median']} ms, at {r['matmul_gflops_per_s']} GFLOP/s of matmul"
             ),
+            "headline": r["vae"] == "wan" and not cpu_time,
         }
         for r in results
     ]

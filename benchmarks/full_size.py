@@ -221,7 +221,7 @@ def run_part_in_processes(part: str, folder: Path) -> dict[str, Any]:
 
 
 def readme_rows(parts: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the numbers that the README shows."""
+    """Return what the table says."""
     rows = []
     for part, compute in (("text_encoder", "encode_s"), ("transformer", "second_chunk_s"), ("vae", "decode_next_s")):
         found = parts[part]

@@ -5,8 +5,8 @@
     python benchmarks/gpu_check.py --device cpu --preset tiny --size 64x64     a rehearsal without a GPU
 
 A part that fails or takes too long is recorded and the others go on. `benchmarks/results/gpu_check.json` has, for each,
-`passed`, `failed` (with the reason) or `skipped`; the exit status is 1 if one failed. No weights are needed: random
-ones of the true sizes take the same time and memory.
+`passed`, `failed` (with the reason) or `skipped`; the exit status is 1 if one failed. Another device, preset or size
+has a file of its own. No weights are needed: random ones of the true sizes take the same time and memory.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ SECTIONS: Mapping[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
     "text_encoder": (gpu_speed.text_encoder, 60),
 }
 """Every part, with the most seconds that it may take, in the order of a run."""
+
+
+RECORD = "gpu_check"
+"""Name of the result file of a CUDA device with the default preset and size, whose numbers the README shows."""
+
+PRESET, SIZE = "causal-forcing-framewise", "480x832"
+"""What it is about."""
 
 
 class OutOfTime(Exception):
@@ -115,8 +122,14 @@ def _where(error: Exception) -> list[str]:
     return [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)][-6:]
 
 
-def readme_rows(sections: Mapping[str, Mapping[str, Any]], device: str) -> list[dict[str, str]]:
-    """Return what the README's table says of those parts that passed."""
+def result_name(device: str, preset: str, size: str) -> str:
+    """Return what a result file is called unless a name is given; a rehearsal does not take the record's place."""
+    kind = torch.device(device).type
+    return RECORD if (kind, preset, size) == ("cuda", PRESET, SIZE) else f"{RECORD}_{preset}_{size}_{kind}"
+
+
+def readme_rows(sections: Mapping[str, Mapping[str, Any]], device: str) -> list[dict[str, Any]]:
+    """Return what the table says of those parts of a record that passed."""
     said: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "parity": lambda r: (
             f"float32 within {r['float32']['worst']}, bfloat16 within {r['bfloat16']['worst']} relative"
@@ -128,7 +141,11 @@ def readme_rows(sections: Mapping[str, Mapping[str, Any]], device: str) -> list[
         ),
     }
     return [
-        {"measure": f"1.3B at 480x832, full window, on {device}: {name.replace('_', ' ')}", "value": say(s["result"])}
+        {
+            "measure": f"1.3B at {SIZE}, full window, on {device}: {name.replace('_', ' ')}",
+            "value": say(s["result"]),
+            "headline": name == "stream",
+        }
         for name, say in said.items()
         if (s := sections.get(name)) is not None and s["status"] == "passed"
     ]
@@ -138,13 +155,13 @@ def main() -> int:
     """Run the parts and write the report; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", default="causal-forcing-framewise")
-    parser.add_argument("--size", default="480x832", help="HEIGHTxWIDTH")
+    parser.add_argument("--preset", default=PRESET)
+    parser.add_argument("--size", default=SIZE, help="HEIGHTxWIDTH")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated names")
     parser.add_argument("--budget", type=float, default=900, help="seconds for all parts together")
     parser.add_argument("--golden", type=Path, default=Path(__file__).parents[1] / "tests" / "golden")
     parser.add_argument("--partial", type=Path, default=Path("gpu_check.partial.json"), help="written after every part")
-    parser.add_argument("--name", default="gpu_check", help="of the result file")
+    parser.add_argument("--name", help=f"of the result file (default {RECORD}, and what differs from its settings)")
     arguments = parser.parse_args()
     height, width = map(int, arguments.size.split("x"))
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
@@ -159,8 +176,9 @@ def main() -> int:
             report.add(name, {"status": "skipped", "problem": "the budget is spent"})
         else:
             report.add(name, run_section(name, bench, min(SECTIONS[name][1], left)))
-    rows = readme_rows(report.sections, bench.device_name) if bench.is_cuda else []
-    write(arguments.name, {"settings": report.settings, "sections": report.sections, "readme": rows})
+    name = result_name(arguments.device, arguments.preset, arguments.size)
+    rows = readme_rows(report.sections, bench.device_name) if name == RECORD else []
+    write(arguments.name or name, {"settings": report.settings, "sections": report.sections, "readme": rows})
     report.path.unlink()
     failed = [name for name, entry in report.sections.items() if entry["status"] == "failed"]
     print(f"gpu-check: {len(report.sections)} parts, {len(failed)} failed {' '.join(failed)}".rstrip())

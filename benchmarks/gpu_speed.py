@@ -251,7 +251,7 @@ def fp8(bench: Bench) -> dict[str, Any]:
     """Compare chunks with the blocks' linear layers in fp8 with those in bfloat16: distance, and time."""
     bench.need_cuda()
     if importlib.util.find_spec("torchao") is None:
-        raise Skipped("torchao is not installed")
+        raise Skipped("torchao is not installed: pip install --constraint constraints.txt torchao")
     plain = bench.new_session()
     expected = plain.generate_chunk().latents.float()
     whole = bench.full_session()

@@ -88,7 +88,7 @@ def measure(engine: Engine, chunks: int, anchor_every: int) -> dict[str, Any]:
 
 
 def readme_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Return what the README's table says."""
+    """Return what the table says."""
     rows = [
         {
             "measure": f"take up a session after {result['chunks']} chunks: {name.replace('_', ' ')}",

@@ -258,6 +258,7 @@ def main() -> None:
                 {
                     "measure": f"Generator free after its viewer left ({arguments.trials} times in 4 ways): p50 / max",
                     "value": f"{max(e['until_free_s']['p50'] for e in left.values()):.3f} / {worst:.3f} s",
+                    "headline": True,
                 },
                 {
                     "measure": "New session's first chunk after kill -9 of the generator: with a warm spare / without",

@@ -160,7 +160,7 @@ def full_size() -> list[dict[str, Any]]:
 
 
 def readme_rows(results: list[dict[str, Any]], how: str) -> list[dict[str, str]]:
-    """Return what the README's table says of the measured cases, each measured ``how``."""
+    """Return what the table says of the measured cases, each measured ``how``."""
     rows = []
     for result in results:
         if result["case"] not in README_CASES:

@@ -82,5 +82,5 @@ def interpolate(source: Tensor, target: Tensor, t: float, method: Blend = Blend.
 
 
 def is_negligible(source: Tensor, target: Tensor) -> bool:
-    """Return whether a transition between the two would show nothing."""
+    """Return whether a transition between the two would show nothing; waits for the device that they are on."""
     return float((target.float() - source.float()).norm()) < NEGLIGIBLE_CHANGE

@@ -6,11 +6,9 @@ A file appears under its name only when it is complete: writers fill a temporary
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
-import struct
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,10 +21,11 @@ from typing import TYPE_CHECKING, Self
 import av
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE, Geometry
+from causal_forcing.pictures import PictureRules, fit
 
 if TYPE_CHECKING:  # a gRPC client writes what it receives without having torch
     from torch import Tensor
@@ -34,14 +33,10 @@ if TYPE_CHECKING:  # a gRPC client writes what it receives without having torch
 Frames = npt.NDArray[np.uint8]
 """``[f, H, W, 3]`` uint8 RGB."""
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-"""Formats accepted as a start image."""
-
-MAX_IMAGE_BYTES = 32 * 1024 * 1024
-"""Largest accepted start image, as a file."""
-
-MAX_IMAGE_PIXELS = 50_000_000
-"""Largest accepted start image, decoded; a few kilobytes of PNG can claim to be terabytes."""
+START_IMAGE = PictureRules(
+    "image", ("PNG", "JPEG", "WEBP"), 32 * 2**20, 50_000_000, "must be a PNG, JPEG or WebP image"
+)
+"""What is accepted as a start image."""
 
 MAX_GIF_FRAMES = 2048
 """Most frames of a GIF: all of them are held in memory until it is written."""
@@ -49,8 +44,6 @@ MAX_GIF_FRAMES = 2048
 MAX_SHEET_FRAMES = 64
 """Most frames of a contact sheet; longer videos are thinned evenly."""
 
-_IMAGE_ALLOWED = "must be a PNG, JPEG or WebP image"
-_IMAGE_REASON = "INVALID_IMAGE"
 _SEQUENCE = re.compile(r"%(0\d)?d")
 
 
@@ -183,10 +176,7 @@ class GifWriter(FrameWriter):
         self._pictures: list[Image.Image] = []
 
     def _add(self, frame: Frames) -> None:
-        if len(self._pictures) == MAX_GIF_FRAMES:
-            raise InvalidRequest(
-                "output", str(self.path), f"a GIF holds at most {MAX_GIF_FRAMES} frames; use .mp4 for longer videos"
-            )
+        _require_gif_holds(len(self._pictures) + 1, self.path)
         self._pictures.append(Image.fromarray(frame).quantize(256))
 
     def _finish(self) -> None:
@@ -239,7 +229,11 @@ class SequenceWriter(FrameWriter):
 
 
 def open_writer(
-    path: str | Path, *, fps: int = FRAMES_PER_SECOND, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    *,
+    fps: int = FRAMES_PER_SECOND,
+    metadata: Mapping[str, str] | None = None,
+    frames: int | None = None,
 ) -> FrameWriter:
     """Return the writer for a path: ``.mp4``, ``.gif``, ``.png`` (a contact sheet) or ``name_%05d.png`` (a sequence).
 
@@ -247,9 +241,10 @@ def open_writer(
         path: The file to write; its folder must exist.
         fps: Frames a second of the video.
         metadata: Texts to store in the file, by the keys ``title`` and ``comment``.
+        frames: How many will be written, if that is known.
 
     Raises:
-        InvalidRequest: The suffix is unknown, or nothing can be written there.
+        InvalidRequest: The suffix is unknown, nothing can be written there, or the format cannot hold that many frames.
     """
     target = Path(path)
     kinds = {".mp4": Mp4Writer, ".gif": GifWriter, ".png": SheetWriter}
@@ -260,8 +255,16 @@ def open_writer(
         if len(_SEQUENCE.findall(target.name)) != 1 or target.name.count("%") != 1:
             raise InvalidRequest("output", str(path), "a PNG sequence needs one frame number such as %05d in its name")
         kind = SequenceWriter
+    if kind is GifWriter:
+        _require_gif_holds(frames or 0, target)
     check_output(target)
     return kind(target, fps=fps, metadata=metadata or {})
+
+
+def _require_gif_holds(frames: int, path: Path) -> None:
+    if frames > MAX_GIF_FRAMES:
+        allowed = f"a GIF holds at most {MAX_GIF_FRAMES} frames; use .mp4 for longer videos"
+        raise InvalidRequest("output", str(path), allowed)
 
 
 def check_output(path: Path) -> None:
@@ -280,25 +283,12 @@ def decode_image(data: bytes, geometry: Geometry) -> Tensor:
     """Return an encoded image as float32 pixels ``[1, 3, 1, H, W]`` in [-1, 1], exactly the session's size.
 
     The picture is turned upright (EXIF), cropped around its centre to the session's aspect ratio and resampled, so that
-    nothing is distorted; transparency is dropped.
+    nothing is distorted; transparency is dropped, and grey of 16 bits becomes grey of 8.
 
     Raises:
         InvalidRequest: It is not a PNG, JPEG or WebP image, is damaged, or is too large (field ``image``).
     """
-    if len(data) > MAX_IMAGE_BYTES:
-        allowed = f"must be at most {MAX_IMAGE_BYTES // 2**20} MiB"
-        raise InvalidRequest("image", f"{len(data)} bytes", allowed, reason=_IMAGE_REASON)
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
-            if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                size = f"{picture.width}x{picture.height} pixels"
-                allowed = f"must be at most {MAX_IMAGE_PIXELS} pixels"
-                raise InvalidRequest("image", size, allowed, reason=_IMAGE_REASON)
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        shown = f"{len(data)} bytes ({type(error).__name__})"
-        raise InvalidRequest("image", shown, _IMAGE_ALLOWED, reason=_IMAGE_REASON) from error
-    return from_frames(_fit(upright, geometry)[None])
+    return from_frames(START_IMAGE.read(data, geometry.height, geometry.width)[None])
 
 
 def read_image(path: str | Path, geometry: Geometry) -> Tensor:
@@ -309,10 +299,9 @@ def read_image(path: str | Path, geometry: Geometry) -> Tensor:
     """
     try:
         with Path(path).open("rb") as file:
-            data = file.read(MAX_IMAGE_BYTES + 1)
+            data = file.read(START_IMAGE.max_bytes + 1)
     except OSError as error:
-        allowed = f"cannot be read ({error.strerror}); {_IMAGE_ALLOWED}"
-        raise InvalidRequest("image", str(path), allowed, reason=_IMAGE_REASON) from error
+        raise START_IMAGE.refusal(str(path), f"cannot be read ({error.strerror}); {START_IMAGE.allowed}") from error
     return decode_image(data, geometry)
 
 
@@ -321,7 +310,7 @@ def read_video(path: str | Path, geometry: Geometry, *, max_frames: int) -> Tens
 
     Args:
         path: A video file that FFmpeg can decode.
-        geometry: Size of the session; frames are cropped around their centre and resampled to it.
+        geometry: Size of the session; frames are turned upright, cropped around their centre and resampled to it.
         max_frames: Most frames to return, from the end; the result has the largest ``1 + 4k`` frames that fit.
 
     Raises:
@@ -341,9 +330,7 @@ def read_video(path: str | Path, geometry: Geometry, *, max_frames: int) -> Tens
         raise InvalidRequest("continue_from", str(path), "must hold at least one frame", reason="INVALID_VIDEO")
     count = len(tail) - (len(tail) - 1) % TEMPORAL_STRIDE
     pictures = list(tail)[-count:]
-    return from_frames(
-        np.stack([_fit(Image.fromarray(picture.to_ndarray(format="rgb24")), geometry) for picture in pictures])
-    )
+    return from_frames(np.stack([fit(_upright(picture), geometry.height, geometry.width) for picture in pictures]))
 
 
 def _timed_frames(container: av.container.InputContainer) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -367,9 +354,10 @@ def _at_rate(timed: Iterable[tuple[float, av.VideoFrame]], fps: int) -> Iterator
         yield shown
 
 
-def _fit(picture: Image.Image, geometry: Geometry) -> Frames:
-    fitted = ImageOps.fit(picture, (geometry.width, geometry.height), method=Image.Resampling.LANCZOS)
-    return np.asarray(fitted.convert("RGB"), dtype=np.uint8)
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """Return a frame as it is meant to be shown: a camera held upright stores its pictures lying, and says so."""
+    quarters = round(frame.rotation / 90)
+    return Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
 
 
 def _save_png(frame: Frames, path: Path, metadata: Mapping[str, str]) -> None:

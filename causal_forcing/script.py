@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class ScriptLine:
     """One prompt of a script.
 
     Attributes:
-        number: Line of the file, from 1.
+        number: Line of the file, from 1; 0 if the prompt is of no file.
         time_s: When the prompt takes effect, in seconds of video.
         update: The prompt, as a session takes it.
     """
@@ -55,11 +56,70 @@ class ScheduledPrompt:
 
     Attributes:
         chunk: Index of the first chunk made under the prompt.
-        update: The prompt.
+        line: The prompt.
     """
 
     chunk: int
-    update: PromptUpdate
+    line: ScriptLine
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Frames since the decoder was last fresh.
+
+    Attributes:
+        chunk: First chunk generated in the scene.
+        frame: Pixel frame of the video at which the scene begins.
+        latents: Latent frames of the scene before that chunk.
+        chunk_frames: Latent frames a chunk.
+    """
+
+    chunk: int
+    frame: int
+    latents: int
+    chunk_frames: int
+
+    def start_of(self, chunk: int) -> int:
+        """Return the pixel frame at which a chunk of the scene starts, and the one before it ends."""
+        return self.frame + pixel_frames(self.latents + (chunk - self.chunk) * self.chunk_frames, first=True)
+
+    def chunk_from(self, frame: int) -> int:
+        """Return the first chunk of the scene that starts at or after a pixel frame."""
+        if frame <= self.start_of(self.chunk):
+            return self.chunk
+        later = frame - self.start_of(self.chunk + 1)
+        return self.chunk + 1 + max(0, math.ceil(later / pixel_frames(self.chunk_frames, first=False)))
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the prompts of a video take effect.
+
+    Attributes:
+        prompts: In order.
+        last_scene: The scene that the video ends in.
+    """
+
+    prompts: tuple[ScheduledPrompt, ...]
+    last_scene: Scene
+
+    def require_all_shown(self, chunks: int) -> None:
+        """Raise unless a video of so many chunks shows every prompt.
+
+        Raises:
+            InvalidRequest: The last prompt's chunk is not made.
+        """
+        if not self.prompts or self.prompts[-1].chunk < chunks:
+            return
+        chunk, line = self.prompts[-1].chunk, self.prompts[-1].line
+        start_s = self.last_scene.start_of(chunk) / FRAMES_PER_SECOND
+        raise InvalidRequest(
+            f"script line {line.number}",
+            f"{line.time_s:g}s",
+            f"takes effect at {start_s:.10g}s, when the video is over: ask for more than {start_s:.10g} seconds, "
+            f"or than {chunk} chunks",
+            reason=_SCRIPT_REASON,
+        )
 
 
 def parse_duration(text: str, *, field: str = "seconds") -> float:
@@ -111,11 +171,9 @@ def parse_script(text: str, *, defaults: Mapping[str, str] | None = None) -> tup
         stripped = raw.strip()
         if not stripped or stripped.startswith("#"):
             continue
-        try:
+        with naming_line(number, stripped):
             line = _parse_line(number, stripped, defaults or {})
             _check_order(lines, line)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"script line {number}", stripped, error.message, reason=error.reason) from error
         lines.append(line)
     if not lines:
         raise InvalidRequest(
@@ -125,6 +183,21 @@ def parse_script(text: str, *, defaults: Mapping[str, str] | None = None) -> tup
             reason=_SCRIPT_REASON,
         )
     return tuple(lines)
+
+
+@contextmanager
+def naming_line(number: int, shown: str) -> Iterator[None]:
+    """Let what the enclosed code refuses name a line of the script; line 0, which is of no script, is not named.
+
+    Raises:
+        InvalidRequest: In place of the enclosed code's own.
+    """
+    try:
+        yield
+    except InvalidRequest as error:
+        if not number:
+            raise
+        raise InvalidRequest(f"script line {number}", shown, error.message, reason=error.reason) from error
 
 
 def read_script(path: str | Path, *, defaults: Mapping[str, str] | None = None) -> tuple[ScriptLine, ...]:
@@ -148,8 +221,13 @@ def read_script(path: str | Path, *, defaults: Mapping[str, str] | None = None) 
 
 
 def schedule(
-    lines: Sequence[ScriptLine], *, chunk_frames: int, given_frames: int = 0, given_shown: bool = True
-) -> tuple[ScheduledPrompt, ...]:
+    lines: Sequence[ScriptLine],
+    *,
+    chunk_frames: int,
+    given_frames: int = 0,
+    given_shown: bool = True,
+    first_switches: bool = False,
+) -> Timeline:
     """Return the chunk at which each line takes effect: the first chunk that starts at or after the line's time.
 
     A scene cut begins with a latent frame that decodes to one pixel frame, so it moves the chunks that follow.
@@ -159,18 +237,17 @@ def schedule(
         chunk_frames: Latent frames a chunk.
         given_frames: Latent frames the stream begins with (a start image has one); chunk 0 follows them.
         given_shown: Whether the given frames are part of the video, whose time is counted from their start.
+        first_switches: Whether the given frames are of another prompt, from which the first line switches: if it cuts,
+            they are of another scene, too.
 
     Raises:
         InvalidRequest: Two lines fall on the same chunk.
     """
     scheduled: list[ScheduledPrompt] = []
     first_frame = 0 if given_shown else -pixel_frames(given_frames, first=True)
-    scene = _Scene(chunk=0, frame=first_frame, latents=given_frames, chunk_frames=chunk_frames)
+    scene = Scene(chunk=0, frame=first_frame, latents=given_frames, chunk_frames=chunk_frames)
     for line in lines:
-        target = math.ceil(line.time_s * FRAMES_PER_SECOND - 1e-6)
-        chunk = scene.chunk
-        while scene.start_of(chunk) < target:
-            chunk += 1
+        chunk = scene.chunk_from(math.ceil(line.time_s * FRAMES_PER_SECOND - 1e-6))
         if scheduled and chunk <= scheduled[-1].chunk:
             chunk_s = pixel_frames(chunk_frames, first=False) / FRAMES_PER_SECOND
             raise InvalidRequest(
@@ -179,31 +256,10 @@ def schedule(
                 f"must start a chunk of its own; a chunk lasts {chunk_s:g}s",
                 reason=_SCRIPT_REASON,
             )
-        if scheduled and line.update.policy is SwitchPolicy.SCENE_CUT:
-            scene = _Scene(chunk, scene.start_of(chunk), latents=0, chunk_frames=chunk_frames)
-        scheduled.append(ScheduledPrompt(chunk, line.update))
-    return tuple(scheduled)
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """Frames since the decoder was last fresh.
-
-    Attributes:
-        chunk: First chunk generated in the scene.
-        frame: Pixel frame of the video at which the scene begins.
-        latents: Latent frames of the scene before that chunk.
-        chunk_frames: Latent frames a chunk.
-    """
-
-    chunk: int
-    frame: int
-    latents: int
-    chunk_frames: int
-
-    def start_of(self, chunk: int) -> int:
-        """Return the pixel frame at which a chunk of the scene starts."""
-        return self.frame + pixel_frames(self.latents + (chunk - self.chunk) * self.chunk_frames, first=True)
+        if (scheduled or first_switches) and line.update.policy is SwitchPolicy.SCENE_CUT:
+            scene = Scene(chunk, scene.start_of(chunk), latents=0, chunk_frames=chunk_frames)
+        scheduled.append(ScheduledPrompt(chunk, line))
+    return Timeline(tuple(scheduled), scene)
 
 
 def _parse_line(number: int, text: str, defaults: Mapping[str, str]) -> ScriptLine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -67,12 +67,20 @@ class PromptState:
     def submit(self, update: PromptUpdate, embeddings: list[PromptEmbedding]) -> None:
         """Let an update wait for the next chunk boundary.
 
+        Whether its transition would show anything is decided here, because that waits for the device that holds the
+        embeddings; no chunk does.
+
         Args:
             update: Its prompts' weights and blend are applied here.
-            embeddings: One per prompt.
+            embeddings: One per prompt. The embedding in force moves to their device.
         """
         mixed = blend([e.embeds for e in embeddings], [p.weight for p in update.prompts], update.blend)
-        self.waiting = (update, mixed)
+        source = self.embeds
+        if source is not None and update.transition_chunks > 1:
+            source = source.to(mixed.device)
+            if is_negligible(source, mixed):
+                update = replace(update, transition_chunks=0)
+        self.embeds, self.waiting = source, (update, mixed)
 
     def begin_chunk(self, chunk: int, *, full: bool = False) -> PromptChange | None:
         """Return what changes at this chunk's boundary, or None.
@@ -106,7 +114,7 @@ class PromptState:
 
     def _switch(self, update: PromptUpdate, target: Tensor) -> PromptChange:
         source: Tensor | None = self.embeds
-        if source is None or update.transition_chunks <= 1 or is_negligible(source, target):
+        if source is None or update.transition_chunks <= 1:
             source, embeds = None, target
         else:
             embeds = interpolate(source, target, 1 / update.transition_chunks, update.transition)

@@ -148,6 +148,15 @@ class TextEncoder:
         prepared = [self._prepare(text) for text in texts]
         return [self._lookup(key) or self._remember(key, ids) for key, ids in prepared]
 
+    def check(self, texts: Sequence[str]) -> None:
+        """Raise for a prompt that :meth:`encode` would refuse; the encoder itself does not run.
+
+        Raises:
+            InvalidRequest: As :meth:`encode`.
+        """
+        for text in texts:
+            self._prepare(text)
+
     def _prepare(self, text: str) -> tuple[str, list[int]]:
         cleaned = clean_prompt(text)
         if not cleaned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pkgutil
 import re
 import subprocess
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from causal_forcing import cli
 
@@ -84,6 +86,17 @@ def test_every_command_in_the_documents_exists(name: str) -> None:
             assert words[command + 1] in cli.COMMANDS, line
 
 
+def test_the_tour_names_every_part_of_the_engine() -> None:
+    tour = (ROOT / "docs/architecture.md").read_text()
+    table = tour.partition("| `causal_forcing/` |")[2].partition("\n\n")[0]
+    cells = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    named = set(re.findall(r"`([^`]+?)/?`", cells))
+    engine = ROOT / "causal_forcing"
+    assert [name for name in named if not (engine / name).exists()] == []
+    there = {path.name for path in engine.iterdir() if path.suffix == ".py" or (path.is_dir() and path.name[0] != "_")}
+    assert there - {"__init__.py"} <= named
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     documents = tracked("*.md")
     assert len(documents) > 5
@@ -141,22 +154,69 @@ def test_constraints_pin_every_dependency() -> None:
     assert all(line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._!+]+", line) for line in pins)
     assert "torch==2.13.0" in pins
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["media"], *extras["server"], *extras["dev"]]
-    names = {_canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
-    assert names - {"causal-forcing-serve"} <= pinned
+    assert declared(*project["optional-dependencies"]) - {"causal-forcing-serve"} <= pinned
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the packages that the base install and some extras bring, those of a dependency not among them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
+    return {_canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
+
+
+def packages_imported(pattern: str, *but: str) -> set[str]:
+    """Return the packages that modules import, this one and Python's own left out."""
+    found = {name for path in ROOT.glob(pattern) for name in _imported(path)} - set(sys.stdlib_module_names)
+    return {PACKAGE_OF.get(name, _canonical(name)) for name in found - {"causal_forcing", "protos", "serve", *but}}
 
 
 def test_what_the_service_imports_is_in_its_extra() -> None:
     """What comes in through another package today may not come tomorrow."""
+    packages = packages_imported("serve/**/*.py")
+    assert "ray" in packages
+    assert packages <= declared("media", "server")
+
+
+def test_what_the_engine_imports_is_in_scopes_extra() -> None:
+    packages = packages_imported("causal_forcing/**/*.py", "torchao", "scope", "pluggy", "pydantic")  # these Scope has
+    assert "torch" in packages
+    assert packages <= declared("media", "scope")
+    assert "ray" not in declared("scope")
+
+
+def test_the_least_versions_are_those_that_the_generated_code_needs() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    least = dict(re.fullmatch(r"([a-z-]+)>=([\d.]+)", dependency).groups() for dependency in dependencies)
+    for path in sorted((ROOT / "protos/causal_forcing").rglob("*_pb2*.py")):
+        needed = re.search(r"(?:Python Version:|GENERATED_VERSION =) '?([\d.]+)", path.read_text())
+        package = "grpcio" if path.stem.endswith("_grpc") else "protobuf"
+        assert needed is not None, path
+        assert Version(least[package]) >= Version(needed[1]), path
+
+
+def test_scopes_versions_are_enough_for_its_extra() -> None:
+    """Read from uv.lock of daydreamlive/scope@68b0f95, whose installer lets no plugin go below or a major above."""
+    held = {
+        "av": "16.1.0",
+        "ftfy": "6.3.1",
+        "grpcio": "1.78.1",
+        "huggingface-hub": "0.36.0",
+        "numpy": "2.4.1",
+        "pillow": "12.1.0",
+        "protobuf": "6.33.5",
+        "safetensors": "0.7.0",
+        "tokenizers": "0.22.2",
+        "torch": "2.9.1",
+        "tqdm": "4.67.1",
+        "transformers": "4.57.5",
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["media"], *extras["server"]]
-    declared = {_canonical(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in wanted}
-    found = {name for path in ROOT.glob("serve/**/*.py") for name in _imported(path)} - set(sys.stdlib_module_names)
-    packages = {PACKAGE_OF.get(name, _canonical(name)) for name in found - {"causal_forcing", "protos", "serve"}}
-    assert "ray" in packages
-    assert packages <= declared
+    for requirement in (*project["dependencies"], *extras["media"], *extras["scope"]):
+        name, _, least = requirement.partition(">=")
+        if name in held:
+            assert Version(least) <= Version(held.pop(name)), requirement
+    assert not held
 
 
 def _imported(path: Path) -> set[str]:
@@ -199,7 +259,9 @@ def test_the_generated_protos_are_current(tmp_path: Path) -> None:
     includes = ["--proto_path=.", "--proto_path=protos/third_party"]
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "protos/causal_forcing").rglob("*.proto"))]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *includes, *outputs, *sources], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "grpc_tools.protoc", *includes, *outputs, *sources]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sys.prefix) / "protoc")}  # put there by `make setup`
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     fresh = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*_pb2*.py*")}
     assert len(fresh) == 3 * len(sources)
     assert {name: (ROOT / name).read_text() for name in fresh} == fresh, "run `make protos`"

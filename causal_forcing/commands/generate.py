@@ -21,12 +21,12 @@ from causal_forcing.commands.devices import DTYPES, choose_device
 from causal_forcing.commands.request import GenerateRequest, read_request
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest, SessionStateError
-from causal_forcing.geometry import FRAMES_PER_SECOND, Geometry, pixel_frames
+from causal_forcing.geometry import FRAMES_PER_SECOND, pixel_frames
 from causal_forcing.media import Frames, FrameWriter, open_writer, read_image, read_video, to_frames
 from causal_forcing.prompts import PromptUpdate
 from causal_forcing.record import SessionRecord
 from causal_forcing.sampler import Stopped
-from causal_forcing.script import ScheduledPrompt, schedule
+from causal_forcing.script import naming_line
 from causal_forcing.session import Chunk, Session
 from causal_forcing.startup import PROGRAM_STARTED_S, StartUp
 from causal_forcing.weights import LoraFile
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     loras = [_parse_lora(text) for text in args.lora or ()]
     with ExitStack() as stack:
         meter = _meter(args.metrics_port, stack)
-        writer = stack.enter_context(open_writer(request.output, metadata=request.notes()))
+        writer = stack.enter_context(open_writer(request.output, metadata=request.notes(), frames=request.frames))
         interrupts = stack.enter_context(Interrupts())
         if not request.preset.trained:
             print(UNTRAINED.format(request.preset.name), file=sys.stderr)
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             quantization=args.quantization,
             compiled=args.compile,
             session=request.config,
+            given_frames=_given_frames(request),
             startup=startup,
         )
         with _progress_bar(request, quiet=args.quiet) as bar:
@@ -165,10 +166,12 @@ class Run:
 
     def generate(self) -> None:
         """Write chunks until the video is as long as was asked for, or an interrupt stops it."""
-        session, prompts = self._begin()
-        switches = {prompt.chunk: prompt.update for prompt in prompts}
-        index = 0
-        while not self._stop.is_set() and not self._is_complete(index):
+        self._check_prompts()
+        switches = {prompt.chunk: prompt.line.update for prompt in self._request.prompts}
+        session = self._begin(switches)
+        for index in range(self._request.chunks):
+            if self._stop.is_set():
+                break
             if index in switches:
                 self._switch(session, switches[index])
             started_s = time.perf_counter()
@@ -182,34 +185,33 @@ class Run:
             denoise_s = made_s - started_s - chunk.context_s
             self._meter.made(denoise_s, chunk.context_s, time.perf_counter() - made_s)
             self._meter.holds(session.state.nbytes_by_part(), session.rebuilds)
-            index += 1
 
-    def _begin(self) -> tuple[Session, tuple[ScheduledPrompt, ...]]:
-        """Return the session and its schedule, with the given frames, if any, already in its past."""
-        request, chunk_frames = self._request, self._engine.preset.chunk_frames
+    def _check_prompts(self) -> None:
+        """Raise for a prompt that the text encoder would refuse once its chunk comes."""
+        encoder = self._engine.text_encoder
+        assert encoder is not None, "the engine was loaded with one"
+        for line in (prompt.line for prompt in self._request.prompts):
+            with naming_line(line.number, f"{line.time_s:g}s"):
+                encoder.check([prompt.text for prompt in line.update.prompts])
+
+    def _begin(self, switches: dict[int, PromptUpdate]) -> Session:
+        """Return the session, with the given frames, if any, and their prompt already in its past."""
+        request = self._request
         keep = request.save_record is not None
         if request.record is not None:
             session = request.record.restore(self._engine, request.restore)
             self.record = request.record if keep else None
-            prompts = schedule(
-                request.lines, chunk_frames=chunk_frames, given_frames=session.state.position, given_shown=False
-            )
-            return session, prompts
+            return session
         session = self._engine.new_session(request.config)
         self.record = SessionRecord(request.preset.name, request.config) if keep else None
-        given = self._given_latents(session)
-        count = 0 if given is None else given.shape[2]
-        prompts = schedule(
-            request.lines, chunk_frames=chunk_frames, given_frames=count, given_shown=request.video is None
-        )
-        self._switch(session, prompts[0].update)
+        given = self._given_latents()
+        self._switch(session, switches.pop(0))
         if given is not None:
             self._take(session, session.start_from(given), given=True)
-        return session, prompts[1:]
+        return session
 
-    def _given_latents(self, session: Session) -> torch.Tensor | None:
-        request, engine, geometry = self._request, self._engine, self._request.config.geometry
-        pixels = _given_pixels(request, geometry, session.config.cache_frames, engine.preset.chunk_frames)
+    def _given_latents(self) -> torch.Tensor | None:
+        engine, pixels = self._engine, _given_pixels(self._request)
         if pixels is None:
             return None
         if engine.vae is None:
@@ -232,28 +234,26 @@ class Run:
         self._write(frames)
 
     def _write(self, frames: Frames) -> None:
-        wanted = self._request.length.frames
-        if wanted is not None:
-            frames = frames[: wanted - self._writer.frame_count]
+        frames = frames[: self._request.frames - self._writer.frame_count]
         self._writer.write(frames)
         self._bar.set_postfix_str(f"{self.speed.fps:.1f} FPS, TTFC {self.speed.first_s or 0.0:.2f} s", refresh=False)
         self._bar.update(len(frames))
 
-    def _is_complete(self, index: int) -> bool:
-        length = self._request.length
-        if length.chunks is not None:
-            return index >= length.chunks
-        return self._writer.frame_count >= (length.frames or 0)
+
+def _given_frames(request: GenerateRequest) -> int:
+    """Return the most latent frames of the picture or video that a session begins with; 0 without one."""
+    if request.video is not None:
+        preset = request.preset
+        return max(1, min(request.config.cache_frames, preset.window_frames) - preset.chunk_frames)
+    return int(request.image is not None)
 
 
-def _given_pixels(
-    request: GenerateRequest, geometry: Geometry, cache_frames: int, chunk_frames: int
-) -> torch.Tensor | None:
+def _given_pixels(request: GenerateRequest) -> torch.Tensor | None:
+    geometry = request.config.geometry
     if request.image is not None:
         return read_image(request.image, geometry)
     if request.video is not None:
-        latents = max(1, min(cache_frames, request.preset.window_frames) - chunk_frames)
-        return read_video(request.video, geometry, max_frames=pixel_frames(latents, first=True))
+        return read_video(request.video, geometry, max_frames=pixel_frames(_given_frames(request), first=True))
     return None
 
 
@@ -293,11 +293,7 @@ def _start_up(*, quiet: bool) -> StartUp:
 
 
 def _progress_bar(request: GenerateRequest, *, quiet: bool) -> tqdm[None]:
-    length = request.length
-    total = length.frames
-    if total is None:
-        total = pixel_frames((length.chunks or 0) * request.preset.chunk_frames, first=True)
-    return tqdm(total=total, unit="frame", disable=quiet, file=sys.stderr)
+    return tqdm(total=request.frames, unit="frame", disable=quiet, file=sys.stderr)
 
 
 class Interrupts:

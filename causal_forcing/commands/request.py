@@ -11,11 +11,20 @@ from typing import Any
 
 from causal_forcing.config import MAX_SEED, SessionConfig
 from causal_forcing.errors import InvalidRequest
-from causal_forcing.geometry import FRAMES_PER_SECOND, pixel_frames
+from causal_forcing.geometry import FRAMES_PER_SECOND
 from causal_forcing.presets import PRESETS, Preset, get_preset
 from causal_forcing.prompts import Blend, SwitchPolicy
 from causal_forcing.record import RestoreMode, SessionRecord
-from causal_forcing.script import ScriptLine, build_update, parse_duration, parse_prompt, read_script
+from causal_forcing.script import (
+    ScheduledPrompt,
+    ScriptLine,
+    Timeline,
+    build_update,
+    parse_duration,
+    parse_prompt,
+    read_script,
+    schedule,
+)
 
 DEFAULT_PRESET = "tiny"
 """The embedded model: needs no download."""
@@ -31,35 +40,15 @@ RECORD_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
-class Length:
-    """How much to generate: a number of pixel frames, or of chunks.
-
-    Attributes:
-        frames: Pixel frames of the file, or None.
-        chunks: Chunks to generate, or None.
-    """
-
-    frames: int | None = None
-    chunks: int | None = None
-
-    def chunks_needed(self, chunk_frames: int, scene_count: int) -> int:
-        """Return how many chunks are enough; every scene may begin with a latent of one pixel frame."""
-        if self.chunks is not None:
-            return self.chunks
-        per_chunk = pixel_frames(chunk_frames, first=False)
-        lost = per_chunk - pixel_frames(chunk_frames, first=True)
-        return math.ceil(((self.frames or 0) + lost * scene_count) / per_chunk)
-
-
-@dataclass(frozen=True)
 class GenerateRequest:
     """A checked request.
 
     Attributes:
         preset: The model.
         config: Of the session.
-        lines: Prompts and their times; empty only when a record is continued under the prompt in force.
-        length: How much to generate.
+        prompts: Prompts and their chunks; empty only when a record is continued under the prompt in force.
+        chunks: Chunks to generate.
+        frames: Pixel frames of the file.
         output: File to write.
         vae: Type of the decoder.
         image: Start image, or None.
@@ -71,8 +60,9 @@ class GenerateRequest:
 
     preset: Preset
     config: SessionConfig
-    lines: tuple[ScriptLine, ...]
-    length: Length
+    prompts: tuple[ScheduledPrompt, ...]
+    chunks: int
+    frames: int
     output: Path
     vae: str
     image: Path | None
@@ -139,25 +129,30 @@ def read_request(args: argparse.Namespace) -> GenerateRequest:
     record = SessionRecord.load(source) if source is not None and is_record else None
     preset = get_preset(args.preset or (record.preset if record else DEFAULT_PRESET))
     preset.vae_config(args.vae)
-    lines = _read_lines(args, is_record=is_record)
-    length = _read_length(args, lines)
+    past = sum(chunk.frames for chunk in record.chunks) if record else int(bool(args.image or source))
+    timeline = schedule(
+        _read_lines(args, is_record=is_record),
+        chunk_frames=preset.chunk_frames,
+        given_frames=past,  # of a video that is continued, any number: none of them is shown
+        given_shown=source is None,
+        first_switches=is_record,
+    )
+    chunks, frames = _read_length(args, timeline)
     config = record.config if record else preset.session_config(**_read_overrides(args))
-    if config.window_frames is None and record is None:
-        scenes = 1 + sum(line.update.policy is SwitchPolicy.SCENE_CUT for line in lines)
-        given = preset.window_frames if source is not None else 1
-        config = replace(
-            config, max_frames=given + preset.chunk_frames * length.chunks_needed(preset.chunk_frames, scenes)
-        )
+    if config.window_frames is None:
+        given = preset.window_frames if source is not None and not is_record else past
+        config = replace(config, max_frames=given + preset.chunk_frames * chunks)
     return GenerateRequest(
         preset=preset,
         config=config,
-        lines=lines,
-        length=length,
+        prompts=timeline.prompts,
+        chunks=chunks,
+        frames=frames,
         output=args.output,
         vae=args.vae,
         image=args.image,
         video=None if is_record else source,
-        record=record,
+        record=replace(record, config=config) if record else None,
         restore=_restore_mode(args.restore),
         save_record=args.save_record,
     )
@@ -194,7 +189,7 @@ def _read_lines(args: argparse.Namespace, *, is_record: bool) -> tuple[ScriptLin
         lines = read_script(args.script, defaults=options)
     elif args.prompt:
         prompts = [parse_prompt(text) for text in args.prompt]
-        lines = (ScriptLine(1, 0.0, build_update(prompts, options, prompt_id="prompt")),)
+        lines = (ScriptLine(0, 0.0, build_update(prompts, options, prompt_id="prompt")),)
     switches = len(lines) if is_record else len(lines) - 1
     for name in ("policy", "transition", "transition_blend"):
         if name in options and switches < 1:
@@ -202,17 +197,23 @@ def _read_lines(args: argparse.Namespace, *, is_record: bool) -> tuple[ScriptLin
     return lines
 
 
-def _read_length(args: argparse.Namespace, lines: tuple[ScriptLine, ...]) -> Length:
-    last_s = lines[-1].time_s if lines else 0.0
+def _read_length(args: argparse.Namespace, timeline: Timeline) -> tuple[int, int]:
+    """Return the chunks to generate, at least one, and the pixel frames of the file."""
+    scene = timeline.last_scene
     if args.chunks is not None:
-        return Length(chunks=_integer("chunks", args.chunks, 1, MAX_CHUNKS))
-    seconds = last_s + DEFAULT_SECONDS
+        chunks = _integer("chunks", args.chunks, 1, MAX_CHUNKS)
+        timeline.require_all_shown(chunks)
+        return chunks, scene.start_of(chunks)
+    seconds = DEFAULT_SECONDS + (timeline.prompts[-1].line.time_s if timeline.prompts else 0.0)
     if args.seconds is not None:
         plain = args.seconds.replace(".", "", 1).isdecimal()
         seconds = parse_duration(f"{args.seconds}s" if plain else args.seconds, field="seconds")
-        if seconds <= last_s:
-            raise InvalidRequest("seconds", args.seconds, f"must be more than {last_s:g}, when the last prompt begins")
-    return Length(frames=math.ceil(seconds * FRAMES_PER_SECOND - 1e-6))
+        if not seconds:
+            raise InvalidRequest("seconds", args.seconds, "must be more than 0")
+    frames = math.ceil(seconds * FRAMES_PER_SECOND - 1e-6)
+    chunks = max(1, scene.chunk_from(frames))
+    timeline.require_all_shown(chunks)
+    return chunks, frames
 
 
 def _read_overrides(args: argparse.Namespace) -> Mapping[str, Any]:

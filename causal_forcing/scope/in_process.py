@@ -48,6 +48,7 @@ class EngineBackend:
             loras=[LoraFile(Path(lora["path"]), float(lora.get("scale", 1.0))) for lora in loras],
             quantization=config.quantization,
             session=self._session_config,
+            given_frames=1,
         )
         self._session: Session | None = None
 
@@ -57,14 +58,15 @@ class EngineBackend:
         Raises:
             InvalidRequest: If the start is not allowed; the running session stays as it was.
         """
+        given = None
         if request.start is not None:
+            given = self._encode_image(request.start)
             self._session = self._begin(request.start)
         session = self._session
         if session is None:
             raise SessionStateError("the stream has not begun", reason="NOT_STARTED")
         if request.update is not None:
             session.update_prompt(request.update)
-        given = self._given_latents(session, request.start)
         chunk = session.generate_chunk() if given is None else session.start_from(given)
         video = session.decode(chunk)
         return video[0].permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1).cpu()
@@ -73,25 +75,29 @@ class EngineBackend:
         """Let go of weights and session."""
         self._engine = self._session = None
 
+    def _encode_image(self, start: Start) -> Tensor | None:
+        """Return the latents of the picture that a stream starts from, if it does."""
+        engine = self._open_engine()
+        if start.image is None:
+            return None
+        if engine.vae is None:
+            raise InvalidRequest("first_frame_image", "a picture", "needs a VAE")
+        with torch.inference_mode():
+            pixels = decode_image(start.image, self._session_config.geometry)
+            return engine.vae.encode(pixels.to(engine.device, engine.dtype))
+
     def _begin(self, start: Start) -> Session:
         """Return a session at its beginning; the running one is used again where only its past has to go."""
-        if self._engine is None:
-            raise SessionStateError("the pipeline was shut down", reason="SHUT_DOWN")
-        config = replace(
-            self._session_config, seed=start.seed, denoising_steps=start.denoising_steps, first_chunk_steps=None
-        )
+        config = replace(self._session_config, seed=start.seed)
+        if start.denoising_steps:
+            config = replace(config, denoising_steps=start.denoising_steps, first_chunk_steps=None)
         if self._session is not None and self._session.config == config:
             self._session.reset()
             return self._session
         self._session = None  # its memory has to go before the next one's comes
-        return self._engine.new_session(config)
+        return self._open_engine().new_session(config)
 
-    def _given_latents(self, session: Session, start: Start | None) -> Tensor | None:
-        if start is None or start.image is None:
-            return None
-        vae = session.engine.vae
-        if vae is None:
-            raise InvalidRequest("first_frame_image", "a picture", "needs a VAE")
-        with torch.inference_mode():
-            pixels = decode_image(start.image, session.config.geometry)
-            return vae.encode(pixels.to(session.engine.device, session.engine.dtype))
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise SessionStateError("the pipeline was shut down", reason="SHUT_DOWN")
+        return self._engine

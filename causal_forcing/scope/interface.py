@@ -8,7 +8,9 @@
 Scope's plugin loader (``server/pipeline_manager.py``) calls ``PipelineClass(**parameters)`` with every default of the
 configuration that is not None and what the user chose. Its processor (``server/pipeline_processor.py``) then calls the
 pipeline again and again from one thread, with all runtime parameters each time; ``init_cache`` is True for the first
-call and after a reset. ``state.get("_transition_active")`` tells it when to stop sending a transition.
+call and after a reset, and is not repeated after an error, nor is a picture that came with it.
+``state.get("_transition_active")`` tells it when to stop sending a transition. Nothing is called when a stream pauses
+or stops, nor when the pipeline is unloaded: Scope lets go of it then, and what it holds has to end with that.
 """
 
 from __future__ import annotations
@@ -35,8 +37,4 @@ class ScopePipeline(Protocol):
 
     def __call__(self, **parameters: object) -> dict[str, Any]:
         """Return ``{"video": frames}``, ``[T, H, W, C]`` float in [0, 1], or ``{}`` when there is nothing yet."""
-        ...
-
-    def shutdown(self) -> None:
-        """Give everything back."""
         ...

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from scope.core.pipelines.interface import Pipeline
 
-from .requests import ChunkRequest, Parameters, Start
+from causal_forcing.errors import InvalidRequest
+
+from .requests import ChunkRequest, Parameters, RefusedPrompt, Start, chosen_numbers
 from .schema import CausalForcingConfig
 
 if TYPE_CHECKING:
@@ -19,7 +21,12 @@ class Backend(Protocol):
     """Where chunks are made."""
 
     def next_chunk(self, request: ChunkRequest) -> Tensor:
-        """Return the next chunk's frames ``[T, H, W, 3]``, float32 in [0, 1]; the stream begins anew if asked to."""
+        """Return the next chunk's frames ``[T, H, W, 3]``, float32 in [0, 1]; the stream begins anew if asked to.
+
+        Raises:
+            InvalidRequest: If what the call asks for is not allowed; the next call goes on as if it had not been.
+            RefusedPrompt: If the prompt of the last switch will not be shown.
+        """
         ...
 
     def close(self) -> None:
@@ -55,9 +62,13 @@ class CausalForcingPipeline(Pipeline):  # type: ignore[misc]  # Scope is not ins
     ) -> None:
         known = {name: value for name, value in parameters.items() if name in CausalForcingConfig.model_fields}
         config = CausalForcingConfig(**known)  # others are Scope's own, such as its merge mode
-        start = Start(config.base_seed, tuple(config.denoising_steps))
+        chosen_steps = chosen_numbers(config, "denoising_steps").get("denoising_steps", ())
         self.state: dict[str, Any] = {"_transition_active": False}
-        self._parameters = Parameters(start, config.switch_policy)
+        self._parameters = Parameters(
+            Start(config.base_seed, tuple(chosen_steps)),
+            config.switch_policy,
+            default_steps=CausalForcingConfig.model_fields["denoising_steps"].default,
+        )
         self._transition_chunks_left = 0
         self._backend = _open_backend(config, loras, model_dir, device)
 
@@ -70,20 +81,31 @@ class CausalForcingPipeline(Pipeline):  # type: ignore[misc]  # Scope is not ins
 
         Raises:
             InvalidRequest: If a parameter is not allowed; the stream goes on with the next call.
+            RefusedPrompt: If a server does not show a prompt; the stream goes on under the one before it.
         """
         request = self._parameters.take(parameters)
         if request is None:
             return {}
-        if request.update is not None:
-            self._transition_chunks_left = request.update.transition_chunks
-        video = self._backend.next_chunk(request)
-        self._transition_chunks_left = max(0, self._transition_chunks_left - 1)
-        self.state["_transition_active"] = self._transition_chunks_left > 0
+        try:
+            video = self._backend.next_chunk(request)
+        except InvalidRequest:
+            self._parameters.take_back()
+            raise
+        except RefusedPrompt as refused:
+            self._parameters.refused(refused.retry_after_s)
+            self._count_transition(0)
+            raise
+        self._count_transition(request.update.transition_chunks if request.update else self._transition_chunks_left)
         return {"video": video}
 
     def shutdown(self) -> None:
-        """Give weights and session, or the connection, back."""
+        """Give weights and session, or the connection, back; Scope does not call it (see :mod:`.interface`)."""
         self._backend.close()
+
+    def _count_transition(self, chunks: int) -> None:
+        """Note that one more chunk was made when a transition had that many to go."""
+        self._transition_chunks_left = max(0, chunks - 1)
+        self.state["_transition_active"] = self._transition_chunks_left > 0
 
 
 def _open_backend(

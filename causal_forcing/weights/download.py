@@ -132,9 +132,9 @@ def download(
         DownloadFailed: If the network or the Hub refuses.
         BadCheckpoint: If a file has another size or hash than it must have.
     """
-    from huggingface_hub import is_offline_mode
+    from huggingface_hub import constants
 
-    offline = offline or is_offline_mode()
+    offline = offline or constants.HF_HUB_OFFLINE
     folder = destination or default_weights_dir()
     chosen = _choose_parts(preset, parts)
     _require_used(revisions or {}, {file.repo for _, file in chosen})

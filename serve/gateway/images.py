@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import numpy as np
-from PIL import Image, ImageOps
-
-from causal_forcing.errors import InvalidRequest
+from causal_forcing.pictures import PictureRules
 from serve.codecs.frames import Pixels
-
-FORMATS = ("JPEG", "PNG")
-"""Formats of a start image."""
 
 MAX_BYTES = 4 << 20
 """Largest file."""
 
 MAX_PIXELS = 16_000_000
-"""Largest picture: a few kilobytes of PNG can claim to be terabytes."""
+"""Largest picture."""
 
-REASON = "INVALID_IMAGE"
+_RULES = PictureRules("start_image", ("JPEG", "PNG"), MAX_BYTES, MAX_PIXELS, "must be a JPEG or PNG image")
 
 
 def check_start_image(data: bytes) -> None:
@@ -31,13 +20,7 @@ def check_start_image(data: bytes) -> None:
     Raises:
         InvalidRequest: If it is not an acceptable JPEG or PNG file.
     """
-    if len(data) > MAX_BYTES:
-        raise InvalidRequest("start_image", f"{len(data)} bytes", f"must be at most {MAX_BYTES} bytes", reason=REASON)
-    with _reading(data), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        width, height = picture.size
-    if width * height > MAX_PIXELS:
-        allowed = f"must be at most {MAX_PIXELS} pixels"
-        raise InvalidRequest("start_image", f"{width}x{height} pixels", allowed, reason=REASON)
+    _RULES.check(data)
 
 
 def read_start_image(data: bytes, height: int, width: int) -> Pixels:
@@ -46,17 +29,4 @@ def read_start_image(data: bytes, height: int, width: int) -> Pixels:
     Raises:
         InvalidRequest: If the file is not acceptable, or damaged.
     """
-    check_start_image(data)
-    with _reading(data), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-    return np.asarray(ImageOps.fit(upright, (width, height), method=Image.Resampling.LANCZOS), np.uint8)
-
-
-@contextmanager
-def _reading(data: bytes) -> Iterator[None]:
-    """Turn everything that a picture's bytes can cause into the same refusal."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        shown = f"{len(data)} bytes ({type(error).__name__})"
-        raise InvalidRequest("start_image", shown, "must be a JPEG or PNG image", reason=REASON) from error
+    return _RULES.read(data, height, width)

@@ -30,7 +30,7 @@ def open_full_size_session(name=FRAMEWISE, *, layers=None, held_frames=22, vae=F
     return session
 
 
-def submit_prompt(session, **options):
+def submit_prompt(session, *, device="cpu", **options):
     config = session.engine.transformer.config
-    embedding = PromptEmbedding(torch.randn(1, config.text_len, config.text_dim), "key")
+    embedding = PromptEmbedding(torch.randn(1, config.text_len, config.text_dim, device=device), "key")
     session.update_prompt(PromptUpdate((WeightedPrompt("a red fox"),), **options), [embedding])

@@ -22,9 +22,11 @@ from causal_forcing import cli
 from causal_forcing.commands import generate
 from causal_forcing.config import TransformerConfig, VaeConfig
 from causal_forcing.engine import Engine
+from causal_forcing.errors import InvalidRequest
 from causal_forcing.media import read_image, to_frames
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
+from causal_forcing.record import SessionRecord
 from causal_forcing.session import Session
 from causal_forcing.startup import StartUp
 from causal_forcing.transformer import CausalTransformer
@@ -42,7 +44,12 @@ class HashedText:
     def __init__(self, config: TransformerConfig) -> None:
         self.config = config
 
+    def check(self, texts: Sequence[str]) -> None:
+        if any(len(text) > 20 for text in texts):
+            raise InvalidRequest("prompts.text", "99 tokens", "must be at most 3 tokens", reason="INVALID_PROMPT")
+
     def encode(self, texts: Sequence[str]) -> list[PromptEmbedding]:
+        self.check(texts)
         return [self._embed(text) for text in texts]
 
     def _embed(self, text: str) -> PromptEmbedding:
@@ -175,6 +182,28 @@ def test_a_record_continues_under_a_new_prompt(command, engine: Engine, tmp_path
     assert np.array_equal(pictures(tmp_path), frames_of(session, 2))
 
 
+def test_a_record_without_a_window_continues(command, engine: Engine, tmp_path: Path) -> None:
+    record = "s.safetensors"
+    words = ("--save-record", record, "-o", "f%02d.png")
+    assert command("--prompt", "a fox", "--window", "none", "--chunks", "3", *words) == 0
+    for _ in range(2):
+        assert command("--continue-from", record, "--chunks", "3", "--restore", "exact", *words) == 0
+    session = engine.new_session(engine.session_config(window_frames=None, max_frames=9))
+    session.update_prompt(prompt("a fox"))
+    assert np.array_equal(pictures(tmp_path), frames_of(session, 9)[-12:])
+
+
+def test_a_record_continues_with_a_new_scene(command, tmp_path: Path) -> None:
+    """Its first latent frame is one frame of the file, and the second line comes no earlier for it."""
+    (tmp_path / "script.txt").write_text("0s [policy=scene_cut] night\n0.5s snow\n")
+    assert command("--prompt", "a fox", "--chunks", "3", "--save-record", "s.safetensors", "-o", "past.png") == 0
+    words = ("--script", "script.txt", "--seconds", "0.75", "--save-record", "t.safetensors")
+    assert command("--continue-from", "s.safetensors", *words, "-o", "f%02d.png") == 0
+    assert len(pictures(tmp_path)) == 12
+    chunks = SessionRecord.load(tmp_path / "t.safetensors").chunks[3:]
+    assert [index for index, chunk in enumerate(chunks) if chunk.update is not None] == [0, 3]  # frames 0 and 9
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_what_is_finished(
     command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -204,7 +233,23 @@ def test_a_refused_request_writes_nothing_and_loads_nothing(
     assert command("--prompt", "a fox", "--size", "50x50") == 2
     assert "height: got 50; must be a positive multiple of 16" in capsys.readouterr().err
     assert command("--prompt", "a fox", "-o", "out.avi") == 2
+    assert command("--prompt", "a fox", "-o", "out.gif", "--seconds", "200") == 2
+    assert "a GIF holds at most 2048 frames" in capsys.readouterr().err
+    assert command("--prompt", "a fox", "-o", "out.gif", "--chunks", "513") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_the_model_cannot_read_is_refused_before_its_chunk(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(Session, "generate_chunk", lambda *_args, **_options: pytest.fail("generated"))
+    (tmp_path / "script.txt").write_text("0s a fox\n\n1s a fox | it starts to snow heavily\n")
+    assert command("--script", "script.txt") == 2
+    message = "script line 3: got '1s'; prompts.text: got '99 tokens'; must be at most 3 tokens"
+    assert message in capsys.readouterr().err
+    assert command("--prompt", "it starts to snow heavily") == 2
+    assert "script" not in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["script.txt"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +280,21 @@ def test_a_machine_without_the_memory_is_refused_with_the_arithmetic(
     assert "cpu has 1.00 MB free, but generator weights " in message
     assert "(OUT_OF_MEMORY)" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_that_a_start_takes_is_counted(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Image.effect_noise((64, 32), 90).save(tmp_path / "start.png")
+    (tmp_path / "first.mp4").touch()
+    given: list[object] = []
+
+    def load(*_args: object, given_frames: int, **_options: object) -> Engine:
+        given.append(given_frames)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "load", load)
+    for words in ((), ("--image", "start.png"), ("--continue-from", "first.mp4")):
+        assert command("--prompt", "a fox", *words) == 130
+    assert given == [0, 1, 4]
 
 
 def test_an_image_that_is_not_one_leaves_no_file(command, tmp_path: Path, capsys) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from causal_forcing.commands.request import GenerateRequest, Length, add_arguments, read_request
+from causal_forcing.commands.request import GenerateRequest, add_arguments, read_request
 from causal_forcing.config import SinkRope
 from causal_forcing.errors import InvalidRequest
-from causal_forcing.geometry import pixel_frames
+from causal_forcing.presets import get_preset
 from causal_forcing.prompts import Blend, SwitchPolicy, WeightedPrompt
+from causal_forcing.record import RecordedChunk, SessionRecord
 
 
 def request(*words: str) -> GenerateRequest:
@@ -32,9 +33,9 @@ def test_defaults_are_the_presets() -> None:
     made = request("--prompt", "a fox")
     assert made.preset.name == "tiny"
     assert made.config == made.preset.session_config()
-    assert made.length == Length(frames=80)
+    assert (made.chunks, made.frames) == (21, 80)
     assert made.vae == "wan"
-    assert [line.update.prompts for line in made.lines] == [(WeightedPrompt("a fox"),)]
+    assert [(prompt.chunk, prompt.line.update.prompts) for prompt in made.prompts] == [(0, (WeightedPrompt("a fox"),))]
 
 
 def test_every_option_reaches_the_configuration() -> None:
@@ -47,46 +48,77 @@ def test_every_option_reaches_the_configuration() -> None:
 
 
 def test_weighted_prompts_are_blended() -> None:
-    update = request("--prompt", "a::0.3", "--prompt", "b::0.7", "--blend", "slerp").lines[0].update
+    update = request("--prompt", "a::0.3", "--prompt", "b::0.7", "--blend", "slerp").prompts[0].line.update
     assert update.prompts == (WeightedPrompt("a", 0.3), WeightedPrompt("b", 0.7))
     assert update.blend is Blend.SLERP
 
 
 def test_options_are_the_defaults_of_a_script(script: str) -> None:
-    lines = request("--script", script, "--policy", "recache", "--transition", "3").lines
-    assert [line.update.policy for line in lines] == [SwitchPolicy.RECACHE, SwitchPolicy.FLUSH]
-    assert [line.update.transition_chunks for line in lines] == [3, 3]
+    prompts = request("--script", script, "--policy", "recache", "--transition", "3").prompts
+    assert [prompt.line.update.policy for prompt in prompts] == [SwitchPolicy.RECACHE, SwitchPolicy.FLUSH]
+    assert [prompt.line.update.transition_chunks for prompt in prompts] == [3, 3]
 
 
 @pytest.mark.parametrize(
-    ("words", "length"),
+    ("words", "chunks", "frames"),
     [
-        (("--seconds", "2"), Length(frames=32)),
-        (("--seconds", "0.1"), Length(frames=2)),
-        (("--seconds", "1m1s"), Length(frames=976)),
-        (("--chunks", "3"), Length(chunks=3)),
+        ("--seconds 2", 9, 32),
+        ("--seconds 0.1", 2, 2),
+        ("--seconds 0.0625", 1, 1),
+        ("--seconds 1m1s", 245, 976),
+        ("--chunks 3", 3, 9),
+        ("--chunks 3 --preset causal-forcing-chunkwise", 3, 33),
+        ("--chunks 3 --image x.png", 3, 13),
+        ("--seconds 0.0625 --image x.png", 1, 1),
+        ("--chunks 3 --continue-from x.mp4", 3, 12),
+        ("--seconds 2 --continue-from x.mp4", 8, 32),
     ],
 )
-def test_length(words: tuple[str, ...], length: Length) -> None:
-    assert request("--prompt", "a", *words).length == length
+def test_length(words: str, chunks: int, frames: int) -> None:
+    made = request("--prompt", "a", *words.split())
+    assert (made.chunks, made.frames) == (chunks, frames)
 
 
 def test_a_script_runs_five_seconds_past_its_last_line(script: str) -> None:
-    assert request("--script", script).length == Length(frames=7 * 16)
+    assert request("--script", script).frames == 7 * 16
 
 
-@pytest.mark.parametrize("chunk_frames", [1, 3])
-@pytest.mark.parametrize("frames", [1, 2, 80, 81, 82, 1000])
-def test_without_a_window_there_is_room_for_the_whole_video(frames: int, chunk_frames: int) -> None:
-    chunks = Length(frames=frames).chunks_needed(chunk_frames, 1)
-    assert pixel_frames(chunks * chunk_frames, first=True) >= frames
-    assert pixel_frames((chunks - 1) * chunk_frames, first=True) < frames
-
-
-def test_window_none_keeps_every_frame() -> None:
-    config = request("--prompt", "a", "--window", "none", "--seconds", "10").config
+@pytest.mark.parametrize(("words", "frames"), [("", 41), ("--image x.png", 41), ("--continue-from x.mp4", 9 + 40)])
+def test_window_none_keeps_every_frame(words: str, frames: int) -> None:
+    config = request("--prompt", "a", "--window", "none", "--seconds", "10", *words.split()).config
     assert config.window_frames is None
-    assert config.max_frames == 1 + 41  # a start image, and 160 frames
+    assert config.max_frames == frames  # 160 pixel frames: the first latent frame is one of them, or was given
+
+
+def record_of(path: Path, *, frames: int, **config: object) -> str:
+    """Write a record of so many latent frames, whose latents are of no interest here."""
+    chunks = [RecordedChunk(1, given=False, update=None, latents=None) for _ in range(frames)]
+    preset = get_preset("tiny")
+    SessionRecord(preset.name, preset.session_config(**config), chunks=chunks).save(path)
+    return str(path)
+
+
+def test_a_record_without_a_window_is_given_room_for_what_follows(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "r.safetensors", frames=5, window_frames=None, sink_frames=0, max_frames=6)
+    made = request("--continue-from", record, "--seconds", "1")
+    assert made.record is not None
+    assert made.config.max_frames == made.record.config.max_frames == 5 + 4
+
+
+def test_a_record_with_a_window_keeps_its_configuration(tmp_path: Path) -> None:
+    made = request("--continue-from", record_of(tmp_path / "r.safetensors", frames=5, seed=7), "--chunks", "100")
+    assert made.config == get_preset("tiny").session_config(seed=7)
+    assert made.prompts == ()
+
+
+@pytest.mark.parametrize(("policy", "chunks", "frames"), [("flush", 4, 16), ("scene_cut", 5, 17)])
+def test_a_cut_right_after_a_record_begins_with_one_frame(
+    tmp_path: Path, policy: str, chunks: int, frames: int
+) -> None:
+    record = record_of(tmp_path / "r.safetensors", frames=5)
+    words = ("--continue-from", record, "--prompt", "a", "--policy", policy)
+    assert request(*words, "--chunks", str(chunks)).frames == frames
+    assert request(*words, "--seconds", "1").chunks == chunks
 
 
 def test_the_file_says_that_weights_are_random_and_keeps_prompts_out() -> None:
@@ -143,6 +175,12 @@ def test_refusals_name_the_option_and_what_is_allowed(words: str, field: str, al
     assert allowed in caught.value.message
 
 
-def test_a_script_must_end_before_the_video_does(script: str) -> None:
-    with pytest.raises(InvalidRequest, match="must be more than 2, when the last prompt begins"):
-        request("--script", script, "--seconds", "2")
+@pytest.mark.parametrize("words", ["--seconds 1", "--seconds 2", "--seconds 2.0625", "--chunks 1", "--chunks 9"])
+def test_a_video_must_show_every_line_of_its_script(script: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"script line 2: got '2s'; .* more than 2.0625 seconds, or than 9 chunks"):
+        request("--script", script, *words.split())
+
+
+@pytest.mark.parametrize("words", ["--seconds 2.07", "--chunks 10"])
+def test_a_video_may_end_with_the_first_frames_of_a_prompt(script: str, words: str) -> None:
+    assert request("--script", script, *words.split()).prompts[1].chunk == 9

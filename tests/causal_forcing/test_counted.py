@@ -105,10 +105,14 @@ def test_only_the_sink_moves_in_an_endless_stream():
     check_cache(counted, sink_rows=3 * counted.session.config.geometry.tokens_per_frame)
 
 
-def test_a_prompt_in_transition_waits_for_nothing():
-    """Every one of its chunks reads a new embedding from the host."""
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("transition", ["linear", "slerp"])
+def test_a_prompt_in_transition_waits_for_nothing(monkeypatch, device, transition):
+    """Every one of its chunks reads a new embedding, from the host or where a text encoder beside it has left it."""
     session = open_full_size_session(layers=FEW_LAYERS)
-    submit_prompt(session, transition_chunks=4)
+    with monkeypatch.context() as before_the_chunk:  # to compare embeddings takes data
+        before_the_chunk.setattr("causal_forcing.state.is_negligible", lambda _source, _target: False)
+        submit_prompt(session, device=device, transition_chunks=4, transition=transition)
     with no_device_sync():
         for _ in range(2):
             session.generate_chunk()

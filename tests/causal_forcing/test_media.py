@@ -115,7 +115,10 @@ def test_gif_refuses_more_frames_than_it_can_hold(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(media, "MAX_GIF_FRAMES", 3)
     with pytest.raises(InvalidRequest, match=r"output: .*at most 3 frames; use \.mp4"):
         write(tmp_path / "out.gif", gradient(4))
+    with pytest.raises(InvalidRequest, match=r"output: .*at most 3 frames; use \.mp4"):
+        media.open_writer(tmp_path / "out.gif", frames=4)
     assert names(tmp_path) == []
+    media.open_writer(tmp_path / "out.gif", frames=3).discard()
 
 
 def test_png_of_one_frame_is_that_frame_with_its_notes(tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ BAD_IMAGES = {
     "no pixels": (png_claiming(16, 16), "PNG, JPEG or WebP"),
     "bomb": (png_claiming(100_000, 100_000), "PNG, JPEG or WebP"),
     "large": (png_claiming(8_000, 8_000), "at most 50000000 pixels"),
-    "heavy": (bytes(media.MAX_IMAGE_BYTES + 1), "at most 32 MiB"),
+    "heavy": (bytes(media.START_IMAGE.max_bytes + 1), "at most 32 MiB"),
 }
 
 
@@ -283,6 +286,31 @@ def test_a_video_of_another_rate_is_resampled_in_time(tmp_path: Path, fps: int, 
         assert (np.diff(reds) > 10).all()
     else:
         assert np.abs(reds - frames[picked, 0, 0, 0]).max() < 5
+
+
+FIXED_POINT = 1 << 16
+TURNS = {
+    "clockwise": ((0, FIXED_POINT, -FIXED_POINT, 0), -1),
+    "counter-clockwise": ((0, -FIXED_POINT, FIXED_POINT, 0), 1),
+    "upside down": ((-FIXED_POINT, 0, 0, -FIXED_POINT), 2),
+}
+"""How a player is to turn a video: the four numbers (a, b, c, d) of its track header, and quarters for numpy.
+
+Source: ISO 14496-12, 6.2.2: a pixel (x, y) is shown at (a x + c y, b x + d y), y downwards.
+"""
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_video_is_read_as_a_player_shows_it(tmp_path: Path, turn: str) -> None:
+    (a, b, c, d), quarters = TURNS[turn]
+    shown = gradient(5)
+    write(tmp_path / "in.mp4", np.rot90(shown, -quarters, axes=(1, 2)))
+    data = bytearray((tmp_path / "in.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    struct.pack_into(">9i", data, matrix, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "in.mp4").write_bytes(data)
+    read = media.to_frames(media.read_video(tmp_path / "in.mp4", GEOMETRY, max_frames=5))
+    assert np.abs(read.astype(int) - shown).mean() < 4
 
 
 def test_what_is_not_a_video_is_an_error_that_names_the_field(tmp_path: Path) -> None:

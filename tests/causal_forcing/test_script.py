@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -119,7 +121,8 @@ def test_files(tmp_path: Path) -> None:
 
 
 def chunks(text: str, chunk_frames: int) -> list[int]:
-    return [item.chunk for item in script.schedule(script.parse_script(text), chunk_frames=chunk_frames)]
+    timeline = script.schedule(script.parse_script(text), chunk_frames=chunk_frames)
+    return [item.chunk for item in timeline.prompts]
 
 
 @pytest.mark.parametrize(
@@ -148,18 +151,46 @@ def test_a_prompt_takes_effect_at_the_first_chunk_not_before_its_time(time_ms: i
 
 
 @pytest.mark.parametrize(
-    ("given", "shown", "starts_s"),
+    ("past", "first", "starts_s"),
     [
-        (1, True, [1 / 16, 5 / 16, 9 / 16]),  # a start image is the first frame
-        (6, False, [0.0, 4 / 16, 8 / 16]),  # a continued video is not shown again: every latent is four frames
+        ({"given_frames": 1}, "a", [1 / 16, 5 / 16, 9 / 16]),  # a start image is the first frame
+        # a continued video is not shown again: every latent is four frames; its first prompt is that of the past, too
+        ({"given_frames": 6, "given_shown": False}, "a", [0.0, 4 / 16, 8 / 16]),
+        ({"given_frames": 6, "given_shown": False}, "[policy=scene_cut] a", [0.0, 4 / 16, 8 / 16]),
+        # a session that goes on switches to its first prompt: a cut shows one frame first
+        ({"given_frames": 6, "given_shown": False, "first_switches": True}, "a", [0.0, 4 / 16, 8 / 16]),
+        (
+            {"given_frames": 6, "given_shown": False, "first_switches": True},
+            "[policy=scene_cut] a",
+            [0.0, 1 / 16, 5 / 16],
+        ),
     ],
 )
-def test_given_frames_move_the_chunks(given: int, shown: bool, starts_s: list[float]) -> None:
-    lines = script.parse_script("0s a\n" + "\n".join(f"{s}s b" for s in starts_s[1:]))
-    scheduled = script.schedule(lines, chunk_frames=1, given_frames=given, given_shown=shown)
-    assert [item.chunk for item in scheduled] == [0, 1, 2]
-    late = script.parse_script(f"0s a\n{starts_s[1] + 0.001:.4f}s b")
-    assert script.schedule(late, chunk_frames=1, given_frames=given, given_shown=shown)[1].chunk == 2
+def test_given_frames_move_the_chunks(past: dict[str, Any], first: str, starts_s: list[float]) -> None:
+    lines = script.parse_script(f"0s {first}\n" + "\n".join(f"{s}s b" for s in starts_s[1:]))
+    scheduled = script.schedule(lines, chunk_frames=1, **past)
+    assert [item.chunk for item in scheduled.prompts] == [0, 1, 2]
+    late = script.parse_script(f"0s {first}\n{starts_s[1] + 0.001:.4f}s b")
+    assert script.schedule(late, chunk_frames=1, **past).prompts[1].chunk == 2
+
+
+@given(frame=st.integers(min_value=-50, max_value=500), chunk_frames=st.sampled_from([1, 3]), latents=st.integers(0, 7))
+def test_the_first_chunk_from_a_frame_on_is_the_one_that_counting_finds(
+    frame: int, chunk_frames: int, latents: int
+) -> None:
+    scene = script.Scene(chunk=5, frame=-20, latents=latents, chunk_frames=chunk_frames)
+    assert scene.chunk_from(frame) == next(n for n in itertools.count(5) if scene.start_of(n) >= frame)
+
+
+def test_a_video_that_is_over_before_a_prompt_is_refused() -> None:
+    lines = script.parse_script("0s a\n1s b\n\n2s [policy=scene_cut] c")
+    timeline = script.schedule(lines, chunk_frames=3)
+    assert timeline.prompts[-1].chunk == 3
+    timeline.require_all_shown(4)
+    message = r"^script line 4: got '2s'; takes effect at 2.0625s, .* more than 2.0625 seconds, or than 3 chunks"
+    with pytest.raises(InvalidRequest, match=message):
+        timeline.require_all_shown(3)
+    script.schedule((), chunk_frames=3).require_all_shown(1)
 
 
 def test_two_prompts_of_one_chunk_are_refused() -> None:

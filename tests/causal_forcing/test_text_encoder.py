@@ -159,20 +159,27 @@ def test_a_cache_of_no_bytes_keeps_nothing(module):
 
 
 @pytest.mark.parametrize("text", ["", " \n\t", "&nbsp;"])
-def test_a_blank_prompt_is_refused(encoder, text):
+@pytest.mark.parametrize("method", ["encode", "check"])
+def test_a_blank_prompt_is_refused(encoder, text, method):
     with pytest.raises(InvalidRequest) as caught:
-        encoder.encode([text])
+        getattr(encoder, method)([text])
     assert caught.value.metadata["field"] == "prompts.text"
     assert caught.value.reason == "INVALID_PROMPT"
 
 
-def test_an_over_long_prompt_names_its_tokens_and_the_limit(encoder):
-    encoder.encode(["w " * 47])
+@pytest.mark.parametrize("method", ["encode", "check"])
+def test_an_over_long_prompt_names_its_tokens_and_the_limit(encoder, method):
+    getattr(encoder, method)(["w " * 47])
     with pytest.raises(InvalidRequest) as caught:
-        encoder.encode(["w " * 48])
+        getattr(encoder, method)(["w " * 48])
     assert caught.value.metadata["field"] == "prompts.text"
     assert "48 tokens" in caught.value.message
     assert "at most 47" in caught.value.message
+
+
+def test_a_check_runs_no_encoder(encoder, monkeypatch):
+    monkeypatch.setattr(encoder, "_run", lambda _ids: pytest.fail("ran"))
+    encoder.check(["a red fox", "snow"])
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ class ModelInfo(_message.Message):
     frames_per_second: int
     frames_per_chunk_count: int
     vae: str
-    def __init__(self, name: _Optional[str] = ..., trained: _Optional[bool] = ..., frames_per_second: _Optional[int] = ..., frames_per_chunk_count: _Optional[int] = ..., vae: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., trained: bool = ..., frames_per_second: _Optional[int] = ..., frames_per_chunk_count: _Optional[int] = ..., vae: _Optional[str] = ...) -> None: ...
 
 class SessionLimits(_message.Message):
     __slots__ = ("silence_timeout", "stall_timeout", "max_duration", "pause_timeout")
@@ -296,7 +296,7 @@ class VideoFrame(_message.Message):
     timings: ChunkTimings
     keyframe: bool
     init_segment: bytes
-    def __init__(self, chunk_index: _Optional[int] = ..., frame_index: _Optional[int] = ..., prompt_id: _Optional[str] = ..., data: _Optional[bytes] = ..., part_index: _Optional[int] = ..., part_count: _Optional[int] = ..., last_in_chunk: _Optional[bool] = ..., timings: _Optional[_Union[ChunkTimings, _Mapping]] = ..., keyframe: _Optional[bool] = ..., init_segment: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, chunk_index: _Optional[int] = ..., frame_index: _Optional[int] = ..., prompt_id: _Optional[str] = ..., data: _Optional[bytes] = ..., part_index: _Optional[int] = ..., part_count: _Optional[int] = ..., last_in_chunk: bool = ..., timings: _Optional[_Union[ChunkTimings, _Mapping]] = ..., keyframe: bool = ..., init_segment: _Optional[bytes] = ...) -> None: ...
 
 class ChunkTimings(_message.Message):
     __slots__ = ("denoise", "decode", "encode", "queue", "text")

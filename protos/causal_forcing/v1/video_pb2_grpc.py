@@ -5,7 +5,7 @@ import warnings
 
 from protos.causal_forcing.v1 import video_pb2 as protos_dot_causal__forcing_dot_v1_dot_video__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class VideoServiceStub:
+class VideoServiceStub(object):
     """Streams generated video.
     """
 
@@ -67,7 +67,7 @@ class VideoServiceStub:
                 _registered_method=True)
 
 
-class VideoServiceServicer:
+class VideoServiceServicer(object):
     """Streams generated video.
     """
 
@@ -155,7 +155,7 @@ def add_VideoServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class VideoService:
+class VideoService(object):
     """Streams generated video.
     """
 

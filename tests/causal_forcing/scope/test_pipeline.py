@@ -15,11 +15,12 @@ from scope.core.nodes.registry import NodeRegistry
 from scope.core.pipelines.interface import Pipeline
 from scope.core.plugins.hookspecs import ScopeHookSpec
 
-from causal_forcing.config import TinyVaeConfig
+from causal_forcing.config import DEFAULT_STEPS, TinyVaeConfig
 from causal_forcing.engine import Engine
 from causal_forcing.errors import InvalidRequest
 from causal_forcing.presets import get_preset
 from causal_forcing.scope import in_process, plugin
+from causal_forcing.scope.requests import Parameters, Start
 
 SMALL = {"preset": "tiny", "height": 64, "width": 64, "window_frames": 4, "device": "cpu"}
 
@@ -113,6 +114,25 @@ def test_the_model_looks_back_as_far_as_it_was_made_to_unless_told(
     assert (config.window_frames, config.sink_frames) == (window, sink)
 
 
+@pytest.mark.parametrize(
+    ("loaded", "called", "steps", "first"),
+    [
+        (DEFAULT_STEPS, DEFAULT_STEPS, DEFAULT_STEPS, get_preset("tiny").first_chunk_steps),
+        (DEFAULT_STEPS, None, DEFAULT_STEPS, get_preset("tiny").first_chunk_steps),
+        ((1000, 500), None, (1000, 500), None),
+        (DEFAULT_STEPS, (1000, 500), (1000, 500), None),
+        ((1000, 500), DEFAULT_STEPS, DEFAULT_STEPS, get_preset("tiny").first_chunk_steps),
+    ],
+)
+def test_the_model_takes_the_steps_it_was_made_for_unless_told(
+    loaded: tuple[int, ...], called: tuple[int, ...] | None, steps: tuple[int, ...], first: tuple[int, ...] | None
+) -> None:
+    run = load(denoising_steps=list(loaded))
+    run(prompts="a red circle", init_cache=True, denoising_step_list=list(called) if called else None)
+    config = run._backend._session.config
+    assert (config.denoising_steps, config.first_chunk_steps) == (steps, first)
+
+
 def test_without_a_prompt_nothing_is_made(pipeline: Any) -> None:
     assert load_like_new(pipeline)(init_cache=True) == {}
 
@@ -176,6 +196,29 @@ def test_a_refused_parameter_leaves_the_stream_running(pipeline: Any) -> None:
     assert run(prompts="a red circle", init_cache=False)["video"].shape == (4, 64, 64, 3)
 
 
+def test_a_refused_picture_leaves_the_stream_running_and_is_forgotten(pipeline: Any, tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no picture")
+    run, twin = load_like_new(pipeline), load()
+    for stream in (run, twin):
+        stream(prompts="a red circle", init_cache=True)
+    with pytest.raises(InvalidRequest, match="image"):
+        run(prompts="a red circle", init_cache=True, first_frame_image=str(path))
+    for init_cache, frames in ((False, 4), (True, 1)):
+        expected = twin(prompts="a red circle", init_cache=init_cache)["video"]
+        assert expected.shape[0] == frames
+        assert torch.equal(run(prompts="a red circle", init_cache=init_cache)["video"], expected)
+
+
+def test_a_refused_picture_does_not_keep_a_stream_from_beginning(pipeline: Any, tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no picture")
+    run = load_like_new(pipeline)
+    with pytest.raises(InvalidRequest, match="image"):
+        run(prompts="a red circle", init_cache=True, first_frame_image=str(path))
+    assert run(prompts="a red circle", init_cache=False)["video"].shape == (1, 64, 64, 3)
+
+
 def test_weights_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
     original = Engine.load
@@ -189,7 +232,6 @@ def test_weights_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load_like_new(pipeline: Any) -> Any:
     """Return the shared pipeline with its parameters forgotten, so that tests do not depend on each other."""
-    parameters = pipeline._parameters
-    pipeline._parameters = type(parameters)(parameters._start)
+    pipeline._parameters = Parameters(Start(42), default_steps=DEFAULT_STEPS)
     pipeline.state["_transition_active"] = False
     return pipeline

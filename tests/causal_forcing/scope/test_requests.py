@@ -11,11 +11,21 @@ from causal_forcing.errors import InvalidRequest
 from causal_forcing.prompts import Blend, SwitchPolicy
 from causal_forcing.scope.requests import Parameters, Start, parse_prompts, parse_transition
 
-START = Start(42, (1000, 750, 500, 250))
+START = Start(42)
+DEFAULT_STEPS = (1000, 750, 500, 250)
 
 
-def begun(**given: Any) -> Parameters:
-    parameters = Parameters(START)
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def begun(clock: Clock | None = None, **given: Any) -> Parameters:
+    parameters = Parameters(START, default_steps=DEFAULT_STEPS, clock=clock or Clock())
     parameters.take({"prompts": "a fox", "init_cache": True, **given})
     return parameters
 
@@ -114,6 +124,86 @@ def test_new_steps_begin_again_only_where_the_cache_is_managed(manage_cache: boo
     request = begun().take({"prompts": "a fox", "denoising_step_list": [1000, 500], "manage_cache": manage_cache})
     assert request is not None
     assert (request.start is not None) is begins
+
+
+def test_the_default_steps_are_the_models_own() -> None:
+    parameters = begun(denoising_step_list=list(DEFAULT_STEPS))
+    same = parameters.take({"prompts": "a fox", "denoising_step_list": list(DEFAULT_STEPS)})
+    other = parameters.take({"prompts": "a fox", "denoising_step_list": [1000, 500]})
+    own = parameters.take({"prompts": "a fox", "denoising_step_list": list(DEFAULT_STEPS)})
+    starts = [request.start for request in (same, other, own) if request is not None]
+    assert starts == [None, Start(42, (1000, 500)), START]
+
+
+def text_of(parameters: Parameters, given: dict[str, Any]) -> str | None:
+    """Return the prompt that a call switches to."""
+    request = parameters.take(given)
+    assert request is not None
+    return None if request.update is None else request.update.prompts[0].text
+
+
+def test_a_call_that_is_taken_back_is_as_if_it_had_not_been(tmp_path: Path) -> None:
+    picture = tmp_path / "start.png"
+    picture.write_bytes(b"png")
+    parameters = begun()
+    asked = {"prompts": "snow", "base_seed": 7, "first_frame_image": str(picture), "init_cache": True}
+    assert text_of(parameters, asked) == "snow"
+    parameters.take_back()
+    going_on = parameters.take({"prompts": "a fox"})
+    reset = parameters.take({"prompts": "a fox", "init_cache": True})
+    assert going_on is not None
+    assert reset is not None
+    assert (going_on.start, going_on.update, reset.start) == (None, None, START)
+
+
+def test_the_first_call_taken_back_leaves_a_stream_that_has_not_begun() -> None:
+    parameters = begun()
+    parameters.take_back()
+    request = parameters.take({"prompts": "a fox"})
+    assert request is not None
+    assert request.start == START
+    assert request.update is not None
+
+
+def test_a_refused_prompt_is_not_asked_for_again_until_it_may_be() -> None:
+    clock = Clock()
+    parameters = begun(clock)
+    for _ in range(2):  # also when it is refused again
+        assert text_of(parameters, {"prompts": "snow"}) == "snow"
+        assert text_of(parameters, {"prompts": "snow"}) is None  # the refusal may come calls later
+        parameters.refused(7.0)
+        clock.now_s += 6.9
+        assert text_of(parameters, {"prompts": "snow"}) is None
+        clock.now_s += 0.2
+    assert text_of(parameters, {"prompts": "snow"}) == "snow"
+    assert text_of(parameters, {"prompts": "snow"}) is None
+
+
+def test_another_prompt_takes_the_place_of_a_refused_one() -> None:
+    clock = Clock()
+    parameters = begun(clock)
+    text_of(parameters, {"prompts": "snow"})
+    parameters.refused(7.0)
+    assert text_of(parameters, {"prompts": "rain"}) == "rain"
+    clock.now_s += 8
+    assert text_of(parameters, {"prompts": "rain"}) is None
+
+
+@pytest.mark.parametrize("refused", [{"prompts": "snow"}, {"prompts": "snow", "init_cache": True}])
+def test_a_reset_does_not_show_a_refused_prompt(refused: dict[str, Any]) -> None:
+    parameters = begun()
+    text_of(parameters, refused)
+    parameters.refused(None)
+    assert text_of(parameters, {"prompts": "snow"}) is None
+    assert text_of(parameters, {"prompts": "snow", "init_cache": True}) == "a fox"
+
+
+def test_a_reset_that_is_refused_leaves_the_prompt_in_force() -> None:
+    parameters = begun()
+    text_of(parameters, {"prompts": "snow"})
+    text_of(parameters, {"prompts": "snow", "init_cache": True})
+    parameters.refused(None)
+    assert text_of(parameters, {"prompts": "snow", "init_cache": True}) == "snow"
 
 
 @pytest.mark.parametrize(
