@@ -232,11 +232,14 @@ def _files(transformer: CheckpointFile, lora: CheckpointFile | None = None) -> P
     return PresetFiles(transformer, lora, _TEXT_ENCODER, _TOKENIZER, _VAE_FILES)
 
 
-def _embedded_vae(base_dim: int) -> VaeConfig:
+def _embedded_vae(base_dim: int, num_res_blocks: int) -> VaeConfig:
     """Return a VAE of the embedded model; its latents' statistics were measured by the training (``training.json``)."""
     trained = json.loads((Path(__file__).parent / "assets" / "tiny" / "training.json").read_text())
     return VaeConfig(
-        base_dim=base_dim, num_res_blocks=1, latent_mean=tuple(trained["mean"]), latent_std=tuple(trained["std"])
+        base_dim=base_dim,
+        num_res_blocks=num_res_blocks,
+        latent_mean=tuple(trained["mean"]),
+        latent_std=tuple(trained["std"]),
     )
 
 
@@ -367,8 +370,8 @@ _TABLE = (
             vocab_size=512, d_model=128, d_kv=32, num_heads=4, d_ff=256, num_layers=2, text_len=64
         ),
         vaes={
-            "wan": _embedded_vae(16),
-            "lightvae": _embedded_vae(4),
+            "wan": _embedded_vae(16, 1),
+            "lightvae": _embedded_vae(4, 2),
         },
         chunk_frames=1,
         first_chunk_steps=(1000, 917, 833, 750, 667, 583, 500, 417, 333, 250, 167, 83),

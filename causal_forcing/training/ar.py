@@ -1,4 +1,4 @@
-"""Stage 3 of the embedded model: autoregressive diffusion with teacher forcing.
+"""A stage of the embedded model: autoregressive diffusion with teacher forcing.
 
     python -m causal_forcing.training.ar
 

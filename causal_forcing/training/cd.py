@@ -1,4 +1,4 @@
-"""Stage 5 of the embedded model: causal consistency distillation from the guided autoregressive teacher.
+"""A stage of the embedded model: causal consistency distillation from the guided autoregressive teacher.
 
     python -m causal_forcing.training.cd
 

@@ -1,4 +1,4 @@
-"""Stage 4 of the embedded model: a teacher that is guided by the caption in one pass.
+"""A stage of the embedded model: a teacher that is guided by the caption in one pass.
 
     python -m causal_forcing.training.guided
 

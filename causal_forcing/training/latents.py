@@ -1,4 +1,4 @@
-"""Stage 2 of the embedded model: clips of the world as latents, made once.
+"""A stage of the embedded model: clips of the world as latents, made once.
 
     python -m causal_forcing.training.latents
 

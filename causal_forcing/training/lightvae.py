@@ -124,15 +124,16 @@ def train(
         seed: Source of all randomness.
         until: Step to stop at.
         device: What computes.
-        begin: Stage whose averaged weights to begin with, instead of seeded ones.
+        begin: Stage whose averaged weights to begin with, instead of seeded ones; it may have fewer residual blocks.
         with_generated: Whether every other step draws clips of :mod:`~causal_forcing.training.generated`.
     """
     large = load_file(root / "vae" / "ema.safetensors", device=str(device.torch))
-    parameters = {name: value.to(device.torch) for name, value in whole_clip.initial_parameters(config, seed).items()}
-    if begin is not None:
-        with torch.no_grad():
-            for name, value in load_stage(root, begin).items():
-                parameters[name].copy_(value)
+    values = (
+        whole_clip.initial_parameters(config, seed)
+        if begin is None
+        else whole_clip.deepened(load_stage(root, begin), config, seed)
+    )
+    parameters = {name: value.to(device.torch) for name, value in values.items()}
     latents, frames = generated.load(root) if with_generated else (torch.empty(0), torch.empty(0))
     error = drawing_error if with_generated else pixel_error
     run = Run(root / "lightvae", parameters, schedule, seed)

@@ -1,4 +1,4 @@
-"""Stage 1 of the embedded model: the Wan VAE at small width, trained on the world.
+"""A stage of the embedded model: the Wan VAE at small width, trained on the world.
 
     python -m causal_forcing.training.vae
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from causal_forcing.config import VaeConfig
@@ -35,8 +34,8 @@ from causal_forcing.training.loop import (
 CONFIG = VaeConfig(base_dim=16, num_res_blocks=1)
 """Sizes of the embedded ``wan`` VAE; its latent mean and std are measured by the latents stage."""
 
-LIGHT_CONFIG = VaeConfig(base_dim=4, num_res_blocks=1)
-"""Sizes of the embedded ``lightvae``: a quarter of the channels."""
+LIGHT_CONFIG = VaeConfig(base_dim=4, num_res_blocks=2)
+"""Sizes of the embedded ``lightvae``: a quarter of the channels, which need more blocks to draw small shapes."""
 
 SCHEDULE = Schedule(steps=1600, learning_rate=3e-3, decay_from=0.4, save_every=25, ema=0.995)
 GPU_SCHEDULE = Schedule(steps=4000, learning_rate=3e-3, decay_from=0.4, save_every=1000, ema=0.995, budget_s=75)
@@ -100,11 +99,6 @@ def batch(step: int, progress: float, rng: np.random.Generator, device: Device =
 def as_video(pixels: Tensor) -> Tensor:
     """Return ``[B, T, H, W, 3]`` uint8 as ``[B, 3, T, H, W]`` float32 in [-1, 1]."""
     return pixels.permute(0, 4, 1, 2, 3).to(torch.float32) / 127.5 - 1
-
-
-def to_video(clips: list[NDArray[np.uint8]]) -> Tensor:
-    """Return uint8 clips ``[T, H, W, 3]`` as :func:`as_video`."""
-    return as_video(torch.from_numpy(np.stack(clips)))
 
 
 def pixel_error(drawn: Tensor, video: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -138,6 +138,36 @@ def initial_parameters(config: VaeConfig, seed: int) -> dict[str, Tensor]:
             value = _hold_time(shape)
         parameters[name] = value
     return parameters
+
+
+def deepened(parameters: Parameters, config: VaeConfig, seed: int) -> dict[str, Tensor]:
+    """Return the parameters of a VAE with more residual blocks that does the same as one with fewer.
+
+    A new block begins as nothing, which a residual block can. Source: Net2Net, Chen et al. 2016 (arXiv 1511.05641).
+
+    Args:
+        parameters: Of a VAE of these sizes, or with fewer residual blocks.
+        config: Sizes of the result.
+        seed: Of the new blocks.
+
+    Raises:
+        ValueError: If they are of other sizes.
+    """
+    shallower = (replace(config, num_res_blocks=blocks) for blocks in range(1, config.num_res_blocks + 1))
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+    before = next((sizes for sizes in shallower if parameter_shapes(sizes) == shapes), None)
+    if before is None:
+        raise ValueError(
+            f"no VAE of width {config.base_dim} and {config.num_res_blocks} blocks or fewer has these sizes"
+        )
+    made = initial_parameters(config, seed)
+    for layers in (encoder_layers, decoder_layers):
+        old = layers(before)
+        for layer in layers(config):
+            if old and replace(old[0], name=layer.name) == layer:
+                names = zip(_shapes(layer), _shapes(old.pop(0)), strict=True)
+                made |= {new: parameters[name] for (new, _), (name, _) in names}
+    return made
 
 
 def _hold_time(shape: tuple[int, ...]) -> Tensor:

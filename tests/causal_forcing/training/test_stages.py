@@ -671,10 +671,10 @@ def test_the_light_vae_learns_what_the_large_one_draws_of_generated_clips(root, 
     assert lightvae.generated_objective(large, VAE, clips, video)["loss"] < 0.01  # all but rounded to 8 bits
     long = dataclasses.replace(SCHEDULE, steps=24, learning_rate=1e-2)
 
-    def run(until):
+    def run(until, config=LIGHT):
         return lightvae.train(
             tmp_path,
-            config=LIGHT,
+            config=config,
             large_config=VAE,
             schedule=long,
             until=until,
@@ -682,12 +682,15 @@ def test_the_light_vae_learns_what_the_large_one_draws_of_generated_clips(root, 
             with_generated=True,
         )
 
-    def loss(parameters):
+    def loss(parameters, config=LIGHT):
         with torch.no_grad():
-            return float(lightvae.generated_objective(parameters, LIGHT, clips, video)["loss"])
+            return float(lightvae.generated_objective(parameters, config, clips, video)["loss"])
 
+    deeper = dataclasses.replace(LIGHT, num_res_blocks=2)
+    start = loss(run(0, deeper).parameters, deeper)
+    shutil.rmtree(tmp_path / "lightvae")
     assert_same(run(0).parameters, model.load_stage(tmp_path, "before"))
-    start = loss(run(0).parameters)
+    assert loss(run(0).parameters) == pytest.approx(start, rel=1e-4)
     assert loss(run(None).parameters) < 0.9 * start
 
 

@@ -62,6 +62,23 @@ def test_initial_parameters_are_seeded():
 
 
 @torch.no_grad()
+def test_a_deeper_vae_begins_with_what_a_shallower_one_does():
+    shallow, deep = (VaeConfig(base_dim=4, num_res_blocks=blocks, **UNIT) for blocks in (1, 3))
+    parameters = random_parameters(shallow)
+    deepened = whole_clip.deepened(parameters, deep, 1)
+    assert {name: tuple(value.shape) for name, value in deepened.items()} == whole_clip.parameter_shapes(deep)
+    video = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    mean, _ = whole_clip.encode(parameters, shallow, video)
+    torch.testing.assert_close(whole_clip.encode(deepened, deep, video)[0], mean)
+    torch.testing.assert_close(whole_clip.decode(deepened, deep, mean), whole_clip.decode(parameters, shallow, mean))
+    same = whole_clip.deepened(parameters, shallow, 1)
+    assert all(torch.equal(same[name], value) for name, value in parameters.items())
+    for other in (deepened, random_parameters(dataclasses.replace(shallow, base_dim=2))):
+        with pytest.raises(ValueError, match="no VAE of width 4 and 1 blocks"):
+            whole_clip.deepened(other, shallow, 1)
+
+
+@torch.no_grad()
 def test_folding_time_into_channels_changes_nothing(monkeypatch):
     config = VaeConfig(base_dim=4, num_res_blocks=1, **UNIT)
     parameters = random_parameters(config)
