@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -103,7 +104,7 @@ class ProcessMeter:
 
 
 def measure_gpu(recorder: Recorder) -> None:
-    """Record the memory of this process's GPU, and how busy it is if nvidia-ml-py is installed."""
+    """Record the memory of this process's GPU, and how busy it is if nvidia-ml-py is installed and the driver says."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
@@ -111,9 +112,11 @@ def measure_gpu(recorder: Recorder) -> None:
         allocated=torch.cuda.memory_allocated(), reserved=torch.cuda.memory_reserved(), free=free, total=total
     )
     try:
-        recorder.gpu_utilisation(torch.cuda.utilization() / 100)
+        import pynvml  # type: ignore[import-untyped]
     except ModuleNotFoundError:
-        return  # documented: utilisation needs nvidia-ml-py
+        return
+    with contextlib.suppress(pynvml.NVMLError):  # a part of a divided GPU has no utilisation of its own
+        recorder.gpu_utilisation(torch.cuda.utilization() / 100)
 
 
 def replica_recorder(place: Place) -> Recorder:

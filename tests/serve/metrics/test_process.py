@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 
 from causal_forcing.errors import InvalidRequest
 from serve.config import load_config
 from serve.metrics import MemorySink, Place, Recorder
 from serve.metrics.generator import GeneratorMeter
-from serve.metrics.process import CollectorWatch, ProcessMeter
+from serve.metrics.process import CollectorWatch, ProcessMeter, measure_gpu
 from tests.serve.fakes import chunk
 
 
@@ -87,6 +88,35 @@ def test_a_generators_time_is_busy_held_or_idle() -> None:
         ("chunk_stage_seconds", "context"): [0.125],
     }
     assert sink.values["cache_bytes", "kv"] == 0
+
+
+@pytest.mark.parametrize("busy", [75, None])
+def test_a_gpu_whose_driver_does_not_say_how_busy_it_is_tells_its_memory(
+    monkeypatch: pytest.MonkeyPatch, busy: int | None
+) -> None:
+    pynvml = pytest.importorskip("pynvml")
+
+    def utilisation() -> int:
+        if busy is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return busy
+
+    for name, found in {
+        "mem_get_info": lambda: (1, 4),
+        "memory_allocated": lambda: 2,
+        "memory_reserved": lambda: 3,
+        "utilization": utilisation,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    sink = MemorySink()
+    measure_gpu(Recorder(sink))
+    assert [sink.values["gpu_memory_bytes", kind] for kind in ("free", "allocated", "reserved", "total")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert sink.values.get(("gpu_utilisation_ratio",)) == (None if busy is None else 0.75)
 
 
 def test_a_price_that_is_not_one_is_refused() -> None:
