@@ -43,6 +43,7 @@ PACKAGE_OF = {
     "grpc": "grpcio",
     "grpc_reflection": "grpcio-reflection",
     "jwt": "pyjwt",
+    "pynvml": "nvidia-ml-py",
     "yaml": "pyyaml",
 }
 """Packages that are not called as what they are imported as."""

@@ -112,7 +112,7 @@ def measure_gpu(recorder: Recorder) -> None:
         allocated=torch.cuda.memory_allocated(), reserved=torch.cuda.memory_reserved(), free=free, total=total
     )
     try:
-        import pynvml  # type: ignore[import-untyped]
+        import pynvml
     except ModuleNotFoundError:
         return
     with contextlib.suppress(pynvml.NVMLError):  # a part of a divided GPU has no utilisation of its own
