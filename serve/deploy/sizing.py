@@ -70,18 +70,18 @@ def _simulated() -> dict[str, Footprint]:
 def _computing(config: ServiceConfig) -> dict[str, Footprint]:
     from causal_forcing.weights.loading import default_dtype
     from causal_forcing.weights.memory import PROMPT_CACHE, required_bytes
+    from causal_forcing.weights.working_set import decoding_bytes, encoding_bytes
 
-    preset = config.model_preset
-    height, width = _largest(config)
-    session = preset.session_config(height=height, width=width, window_frames=config.allowed_window_frames)
-    places = config.generator.sessions_per_replica
-    dtype = default_dtype(config.device)
-    alone = required_bytes(preset, None, session, dtype, text_encoder=False, sessions=places)
-    whole = dict(required_bytes(preset, config.vae, session, dtype).items)
-    decoder = whole[f"VAE weights ({config.vae})"] + config.vae_decoder.cache_bytes + _decoding_bytes(config)
+    preset, dtype = config.model_preset, default_dtype(config.device)
+    vae, geometry = preset.vae_config(config.vae), Geometry(*_largest(config))
+    whole = dict(required_bytes(preset, config.vae, config.session_config(), dtype).items)
+    work = max(  # a chunk, or a start image
+        decoding_bytes(vae, geometry, dtype, preset.chunk_frames), encoding_bytes(vae, geometry, dtype, 1)
+    )
+    decoder = whole[f"VAE weights ({config.vae})"] + config.vae_decoder.cache_bytes + work
     device = {
         "TextEncoder": whole["text encoder weights"] + whole[PROMPT_CACHE],
-        "Generator": alone.total_bytes,
+        "Generator": config.generator_memory().total_bytes,
         "VaeDecoder": decoder,
     }
     if config.device == "cpu":
@@ -98,14 +98,6 @@ def _file_bytes(preset: Preset, vae: str) -> dict[str, int]:
         "Generator": sizes.get("transformer", 0) + sizes.get("lora", 0),
         "VaeDecoder": sizes.get(f"vae/{vae}", 0),
     }
-
-
-def _decoding_bytes(config: ServiceConfig) -> int:
-    """Return the memory of a decoder's work on one latent frame: six tensors of its widest full-size layer."""
-    sizes = config.model_preset.vae_config(config.vae)
-    channels: int = getattr(sizes, "base_dim", 64)
-    height, width = _largest(config)
-    return 6 * channels * TEMPORAL_STRIDE * height * width * (2 if config.device == "cuda" else 4)
 
 
 def _session_bytes(config: ServiceConfig) -> int:
