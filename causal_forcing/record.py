@@ -230,7 +230,7 @@ class SessionRecord:
             state.text = engine.transformer.read_text(state.prompt.embeds)
 
     def _prime_decoder(self, session: Session) -> None:
-        """Bring the decoder's caches to the end of the stream from the newest latents of the scene, a chunk at a time."""
+        """Bring the decoder's caches to the end of the stream, from the newest latents of the scene, chunk by chunk."""
         decoder, vae = session.state.decoder, session.engine.vae
         if decoder is None or vae is None:
             return
@@ -243,7 +243,7 @@ class SessionRecord:
         if wanted:
             latents = torch.cat(newest, dim=2)[:, :, -wanted:]
             with torch.inference_mode():
-                for part in latents.split(session.engine.preset.chunk_frames, dim=2):
+                for part in torch.split(latents, session.engine.preset.chunk_frames, dim=2):
                     vae.decode(part.to(session.engine.device, session.engine.dtype), decoder)
 
     def _index(self, index: int) -> None:

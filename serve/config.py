@@ -21,7 +21,7 @@ from .section import Section
 
 if TYPE_CHECKING:
     from causal_forcing.weights.memory import MemoryPlan
-from .metrics.definitions import Place
+from .metrics.definitions import Role
 
 Replicas = Annotated[int, Field(ge=1, le=1024)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -334,15 +334,15 @@ class Prices(Section):
     generator: Annotated[float, Field(ge=0)] = 0
     vae_decoder: Annotated[float, Field(ge=0)] = 0
 
-    def of(self, place: Place) -> float:
+    def of(self, role: Role) -> float:
         """Return the price of a replica of that kind."""
         prices = {
-            Place.GATEWAY: self.gateway,
-            Place.TEXT_ENCODER: self.text_encoder,
-            Place.GENERATOR: self.generator,
-            Place.DECODER: self.vae_decoder,
+            Role.GATEWAY: self.gateway,
+            Role.TEXT_ENCODER: self.text_encoder,
+            Role.GENERATOR: self.generator,
+            Role.DECODER: self.vae_decoder,
         }
-        return prices[place]
+        return prices[role]
 
 
 class TracingConfig(Section):

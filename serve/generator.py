@@ -49,7 +49,7 @@ from .messages import (
     StartFrom,
     Stop,
 )
-from .metrics import Place
+from .metrics import Role
 from .metrics.generator import GeneratorMeter
 from .metrics.process import replica_recorder, watch_replica
 from .pace import Pace
@@ -408,9 +408,9 @@ class Generator:
     async def __init__(self, config: ServiceConfig, admission: str) -> None:  # type: ignore[misc]  # Serve awaits it
         set_up(config.logs)
         worker = ThreadPoolExecutor(1, thread_name_prefix="device")
-        recorder = replica_recorder(Place.GENERATOR)
+        recorder = replica_recorder(Role.GENERATOR)
         meter = GeneratorMeter(recorder)
-        watch_replica(recorder, config, Place.GENERATOR, meter.look)
+        watch_replica(recorder, config, Role.GENERATOR, meter.look)
         loop = asyncio.get_running_loop()
         engine = await loop.run_in_executor(worker, load_generator, config, recorder)
         budget_bytes = await loop.run_in_executor(worker, session_budget, config)

@@ -1,8 +1,8 @@
 """What the processes of the service say to each other: frozen values that pickle, without torch.
 
-Read in the order of a session's life: a :class:`Ticket` waits, a :class:`Place` tells where, a :class:`LeaseRequest`
-goes to the generator, :class:`Control` messages follow it through the mailbox, :class:`LeaseEvent` values come back,
-and each chunk makes a :class:`DecodeRequest` and its :class:`Decoded`.
+Read in the order of a session's life: a :class:`Ticket` waits, a :class:`QueuePlace` tells where, a
+:class:`LeaseRequest` goes to the generator, :class:`Control` messages follow it through the mailbox,
+:class:`LeaseEvent` values come back, and each chunk makes a :class:`DecodeRequest` and its :class:`Decoded`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePlace:
     """Where a session stands.
 
     Attributes:

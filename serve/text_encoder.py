@@ -18,7 +18,7 @@ from .config import ServiceConfig
 from .device import DEVICE_FAULTS, Warden
 from .engines import load_text
 from .messages import Encoded, PackedEmbedding, Process
-from .metrics import Place
+from .metrics import Role
 from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
 
@@ -30,13 +30,13 @@ class TextEncoder:
         logs.set_up(config.logs)
         worker = ThreadPoolExecutor(1, thread_name_prefix="device")
         loop = asyncio.get_running_loop()
-        self._recorder = replica_recorder(Place.TEXT_ENCODER)
+        self._recorder = replica_recorder(Role.TEXT_ENCODER)
         self._engine = await loop.run_in_executor(worker, load_text, config, self._recorder)
         self._warden = Warden(worker, config.text_encoder.step_timeout_s, self._recorder.device_fault)
         self._model = config.model_key
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._process = Process(replica_id, os.getpid(), ray.get_runtime_context().get_node_id())
-        watch_replica(self._recorder, config, Place.TEXT_ENCODER)
+        watch_replica(self._recorder, config, Role.TEXT_ENCODER)
         batching: Any = self.encode_batch  # Serve's decorator adds the setters
         batching.set_max_batch_size(config.text_encoder.max_batch)
         batching.set_batch_wait_timeout_s(config.text_encoder.batch_wait_s)

@@ -27,7 +27,7 @@ from .device import Warden
 from .engines import DecoderEngine, DecoderStream, load_decoder
 from .gateway.images import read_start_image
 from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor, Process
-from .metrics import SILENT, Place, Recorder
+from .metrics import SILENT, Recorder, Role
 from .metrics.process import replica_recorder, watch_replica
 from .status import Failure, failure_of
 
@@ -240,14 +240,14 @@ class VaeDecoder:
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         logs.set_up(config.logs)
         device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        recorder = replica_recorder(Place.DECODER)
+        recorder = replica_recorder(Role.DECODER)
         engine = await asyncio.get_running_loop().run_in_executor(device, load_decoder, config, recorder)
         replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._model = config.model_key
         self._process = Process(replica_id, os.getpid(), ray.get_runtime_context().get_node_id())
         self._warden = Warden(device, config.vae_decoder.first_step_timeout_s, recorder.device_fault)
         self._service = DecoderService(engine, replica_id, config.vae_decoder.cache_bytes, self._warden, recorder)
-        watch_replica(recorder, config, Place.DECODER, self._service.look)
+        watch_replica(recorder, config, Role.DECODER, self._service.look)
 
     async def decode(self, request: DecodeRequest) -> Decoded | Failure:
         """Return a chunk's encoded frames, or NEED_PRIME, or why there are none."""

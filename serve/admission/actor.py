@@ -22,7 +22,7 @@ from serve.access.config import UsageConfig
 from serve.access.rates import TenantRates
 from serve.access.usage import UsageRecord, UsageWriter
 from serve.config import ServiceConfig
-from serve.messages import GeneratorDemand, Place, Progress, SessionView, Ticket
+from serve.messages import GeneratorDemand, Progress, QueuePlace, SessionView, Ticket
 from serve.metrics import SILENT, RaySink, Recorder
 from serve.pools import in_pool
 
@@ -55,7 +55,7 @@ class QueueView:
 
     epoch: str
     version: int
-    places: dict[str, Place]
+    places: dict[str, QueuePlace]
     is_known: bool
     ledger: dict[str, float]
     ending: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class _AdmissionActor:
         self._used_s = time.monotonic()
         self._sweeper: asyncio.Task[None] | None = None
 
-    async def enqueue(self, ticket: Ticket) -> Place:
+    async def enqueue(self, ticket: Ticket) -> QueuePlace:
         """Queue a session (see :meth:`AdmissionBook.enqueue`)."""
         with self._change():
             return self._book.enqueue(ticket, time.monotonic())

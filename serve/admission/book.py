@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from causal_forcing.errors import NoCapacity
-from serve.messages import GeneratorDemand, Place, Ticket
+from serve.messages import GeneratorDemand, QueuePlace, Ticket
 
 from .fairness import FairShares, Order
 from .fleet import Fleet
@@ -58,10 +58,10 @@ class AdmissionBook:
         self._started_s: dict[str, float] = {}
         self._lengths_s: deque[float] = deque(maxlen=RECENT_SESSIONS)
         self._lacks_memory = False
-        self._told: dict[str, dict[str, Place]] | None = None
+        self._told: dict[str, dict[str, QueuePlace]] | None = None
         self._told_at = (-1, 0.0)
 
-    def enqueue(self, ticket: Ticket, now_s: float) -> Place:
+    def enqueue(self, ticket: Ticket, now_s: float) -> QueuePlace:
         """Add a session to the queue and return where it stands, perhaps with a generator already.
 
         Raises:
@@ -228,15 +228,15 @@ class AdmissionBook:
         order = self._shares.order(self._waiting, now_s, self.expected_s)
         return replace(order, ready=(*(session_id for _, session_id in self._moving), *order.ready))
 
-    def place(self, session_id: str, now_s: float) -> Place:
+    def place(self, session_id: str, now_s: float) -> QueuePlace:
         """Return where a known session stands."""
         ticket = self._tickets[session_id]
         if ticket.replica_id:
-            return Place(0, None, ticket.replica_id)
+            return QueuePlace(0, None, ticket.replica_id)
         order = self.order(now_s)
         return self._waiting_place(ticket, (*order.ready, *order.blocked).index(session_id), self._turn_s)
 
-    def places(self, gateway_id: str, now_s: float) -> dict[str, Place]:
+    def places(self, gateway_id: str, now_s: float) -> dict[str, QueuePlace]:
         """Return where each session of a gateway stands that is not running yet; up to a quarter of a second old."""
         revision, told_s = self._told_at
         if self._told is None or revision != self.revision or now_s - told_s >= TOLD_AGAIN_S:
@@ -263,7 +263,7 @@ class AdmissionBook:
     @property
     def is_unused(self) -> bool:
         """Whether neither gateways nor generators are known."""
-        return not self._gateways and not self._fleet.places
+        return not self._gateways and not self._fleet.generators
 
     @property
     def oldest_arrival_s(self) -> float | None:
@@ -283,30 +283,30 @@ class AdmissionBook:
         return {
             "waiting": waiting,
             "blocked": blocked,
-            "granted": sum(len(place.granted) for place in self._fleet.places.values()),
+            "granted": sum(len(place.granted) for place in self._fleet.generators.values()),
             "running": len(self._started_s) - moving,
-            "generators": len(self._fleet.places),
+            "generators": len(self._fleet.generators),
             "idle": self._fleet.idle,
         }
 
-    def _all_places(self, now_s: float) -> dict[str, dict[str, Place]]:
+    def _all_places(self, now_s: float) -> dict[str, dict[str, QueuePlace]]:
         """Return what each gateway is told: one order for all of them, because that is what takes time."""
         order = self.order(now_s)
         ahead = {session_id: number for number, session_id in enumerate((*order.ready, *order.blocked))}
-        places, turn_s = dict[str, dict[str, Place]](), self._turn_s
+        places, turn_s = dict[str, dict[str, QueuePlace]](), self._turn_s
         for session_id, ticket in self._tickets.items():
             if session_id in ahead:
                 place = self._waiting_place(ticket, ahead[session_id], turn_s)
             elif session_id not in self._started_s or ticket.is_moving:
-                place = Place(0, None, ticket.replica_id)
+                place = QueuePlace(0, None, ticket.replica_id)
             else:
                 continue
             places.setdefault(ticket.gateway_id, {})[session_id] = place
         return places
 
-    def _waiting_place(self, ticket: Ticket, ahead: int, turn_s: float | None) -> Place:
+    def _waiting_place(self, ticket: Ticket, ahead: int, turn_s: float | None) -> QueuePlace:
         most = None if ticket.is_moving else self._fleet.too_small_for(ticket)
-        return Place(ahead, None if turn_s is None else (ahead + 1) * turn_s, most_bytes=most)
+        return QueuePlace(ahead, None if turn_s is None else (ahead + 1) * turn_s, most_bytes=most)
 
     @property
     def _turn_s(self) -> float | None:

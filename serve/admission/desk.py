@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from serve.detached import detached
 from serve.errors import Unavailable
 from serve.logs import LOGGER
-from serve.messages import Claim, Place, Progress, SessionView, Share, Ticket
+from serve.messages import Claim, Progress, QueuePlace, SessionView, Share, Ticket
 
 from .actor import QueueView
 from .fleet import too_large
@@ -66,7 +66,7 @@ class AdmissionDesk:
         self._carrier: Carrier | None = None
         self._tickets: dict[str, Ticket] = {}
         self._started_s: dict[str, float] = {}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, QueuePlace] = {}
         self._ledger: dict[str, float] = {}
         self._news = asyncio.Event()
         self._epoch, self._version = "", -1
@@ -84,7 +84,7 @@ class AdmissionDesk:
         if self._loop is None or self._loop.done():
             self._loop = detached(self._keep_synced())
 
-    async def places(self, claim: Claim) -> AsyncGenerator[Place]:
+    async def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
         """Join the queue and yield where the session stands: at once, on every change, and every few seconds.
 
         A session that is in the queue already, because it was put back, keeps its place.
@@ -133,7 +133,7 @@ class AdmissionDesk:
         """Give a grant back; ``gone`` says that the generator is dead."""
         if gone:
             await self._tell(self._actor.retire.remote(replica_id))
-        self._places[session_id] = Place(0)
+        self._places[session_id] = QueuePlace(0)
         await self._tell(self._actor.refuse.remote(session_id, replica_id))
 
     async def requeue(self, session_id: str, replica_id: str) -> None:

@@ -36,7 +36,7 @@ def stop_order(running: Sequence[str], nodes: Mapping[str, str]) -> list[str]:
 
 
 @dataclass
-class GeneratorPlace:
+class GeneratorState:
     """What is known of one generator replica.
 
     Attributes:
@@ -86,11 +86,11 @@ class Fleet:
     """All generators. Times are seconds of one clock, given by the caller.
 
     Attributes:
-        places: By replica.
+        generators: By replica.
     """
 
     def __init__(self) -> None:
-        self.places: dict[str, GeneratorPlace] = {}
+        self.generators: dict[str, GeneratorState] = {}
         self._nbytes: dict[str, int] = {}
         self._leaving: set[str] = set()
         self._passed_over_s: dict[str, float] = {}
@@ -99,12 +99,12 @@ class Fleet:
     @property
     def capacity(self) -> int:
         """Sessions that all of them can hold."""
-        return sum(place.capacity for place in self.places.values())
+        return sum(generator.capacity for generator in self.generators.values())
 
     @property
     def idle(self) -> int:
         """Places that can be granted."""
-        return sum(place.free for place in self.places.values())
+        return sum(generator.free for generator in self.generators.values())
 
     def report(
         self,
@@ -117,40 +117,42 @@ class Fleet:
         budget_bytes: int | None = None,
     ) -> bool:
         """Take a generator's word for the sessions it holds and the memory it has for them; return if that is news."""
-        is_new = replica_id not in self.places or self.places[replica_id].budget_bytes != budget_bytes
-        place = self.places.setdefault(replica_id, GeneratorPlace(capacity, node_id=node_id))
-        before, place.sessions = place.sessions, frozenset(sessions)
-        self._free(before - place.sessions)
-        place.capacity, place.budget_bytes = capacity, budget_bytes
-        place.reported_s, place.refused = now_s, False
+        is_new = replica_id not in self.generators or self.generators[replica_id].budget_bytes != budget_bytes
+        generator = self.generators.setdefault(replica_id, GeneratorState(capacity, node_id=node_id))
+        before, generator.sessions = generator.sessions, frozenset(sessions)
+        self._free(before - generator.sessions)
+        generator.capacity, generator.budget_bytes = capacity, budget_bytes
+        generator.reported_s, generator.refused = now_s, False
         return is_new
 
     def retire(self, replica_id: str) -> None:
         """Forget a generator that is gone."""
-        place = self.places.pop(replica_id, None)
-        if place is not None:
-            self._free(place.sessions)
+        generator = self.generators.pop(replica_id, None)
+        if generator is not None:
+            self._free(generator.sessions)
 
     def expire(self, now_s: float) -> None:
         """Forget generators that have fallen silent."""
-        for replica_id, place in list(self.places.items()):
-            if now_s - place.reported_s > GENERATOR_SILENT_S:
+        for replica_id, generator in list(self.generators.items()):
+            if now_s - generator.reported_s > GENERATOR_SILENT_S:
                 self.retire(replica_id)
 
-    def keep(self, running: Sequence[str]) -> dict[str, GeneratorPlace]:
+    def keep(self, running: Sequence[str]) -> dict[str, GeneratorState]:
         """Take Serve's word for those it keeps, oldest first, and return those that take sessions.
 
         A generator that is no longer among them is being stopped: it gets no sessions, and it ends with those it has.
         """
         kept = set(running)
-        nodes = {replica_id: place.node_id for replica_id, place in self.places.items()}
+        nodes = {replica_id: generator.node_id for replica_id, generator in self.generators.items()}
         self._stays = {replica_id: rank for rank, replica_id in enumerate(stop_order(running, nodes))}
-        for replica_id, place in self.places.items():
+        for replica_id, generator in self.generators.items():
             if replica_id in kept:
-                place.is_kept = True
-            elif place.is_kept:
-                place.is_kept = False
-        return {replica_id: place for replica_id, place in self.places.items() if place.is_kept is not False}
+                generator.is_kept = True
+            elif generator.is_kept:
+                generator.is_kept = False
+        return {
+            replica_id: generator for replica_id, generator in self.generators.items() if generator.is_kept is not False
+        }
 
     def require_size(self, ticket: Ticket) -> None:
         """Check that some generator could hold a session.
@@ -164,10 +166,10 @@ class Fleet:
 
     def too_small_for(self, ticket: Ticket) -> int | None:
         """Return the most memory for sessions that a generator has, if none could ever hold a session; else None."""
-        places = self.places.values()
-        if not places or any(place.could_hold(ticket.nbytes) for place in places):
+        generators = self.generators.values()
+        if not generators or any(generator.could_hold(ticket.nbytes) for generator in generators):
             return None
-        return max(place.budget_bytes or 0 for place in places)
+        return max(generator.budget_bytes or 0 for generator in generators)
 
     def know(self, ticket: Ticket) -> None:
         """Take in what a session needs."""
@@ -179,7 +181,7 @@ class Fleet:
         self.ungrant(session_id)
         self.release(session_id)
         self._leaving.add(session_id)
-        if not any(session_id in place.sessions for place in self.places.values()):
+        if not any(session_id in generator.sessions for generator in self.generators.values()):
             self._free({session_id})
 
     def find(self, session_id: str) -> str:
@@ -188,51 +190,51 @@ class Fleet:
         Of those that are equally empty, the one that Serve would stop last: so that the idle ones can be stopped.
         """
         fitting = [
-            (place.free, self._stays.get(replica_id, -1), replica_id)
-            for replica_id, place in self.places.items()
-            if place.free and place.kept_for in ("", session_id) and self._has_memory(place, session_id)
+            (generator.free, self._stays.get(replica_id, -1), replica_id)
+            for replica_id, generator in self.generators.items()
+            if generator.free and generator.kept_for in ("", session_id) and self._has_memory(generator, session_id)
         ]
         return max(fitting)[-1] if fitting else ""
 
     def pass_over(self, session_id: str, now_s: float) -> None:
         """Let smaller sessions go first for a while, then keep the generator with the most memory left."""
         since_s = self._passed_over_s.setdefault(session_id, now_s)
-        places = self.places.values()
-        if now_s - since_s < PASSED_OVER_S or any(place.kept_for == session_id for place in places):
+        generators = self.generators.values()
+        if now_s - since_s < PASSED_OVER_S or any(generator.kept_for == session_id for generator in generators):
             return
-        candidates = [p for p in places if not p.kept_for and p.could_hold(self._nbytes.get(session_id, 0))]
+        candidates = [p for p in generators if not p.kept_for and p.could_hold(self._nbytes.get(session_id, 0))]
         if candidates:
-            best = max(candidates, key=lambda place: (place.budget_bytes or 0) - self._used_bytes(place))
+            best = max(candidates, key=lambda generator: (generator.budget_bytes or 0) - self._used_bytes(generator))
             best.kept_for = session_id
 
     def grant(self, session_id: str, replica_id: str) -> None:
         """Promise a place."""
-        self.places[replica_id].granted.add(session_id)
+        self.generators[replica_id].granted.add(session_id)
         self.release(session_id)
 
     def ungrant(self, session_id: str) -> None:
         """Take a promise back."""
-        for place in self.places.values():
-            place.granted.discard(session_id)
+        for generator in self.generators.values():
+            generator.granted.discard(session_id)
 
     def release(self, session_id: str) -> None:
         """Keep no generator for a session any more."""
         self._passed_over_s.pop(session_id, None)
-        for place in self.places.values():
-            if place.kept_for == session_id:
-                place.kept_for = ""
+        for generator in self.generators.values():
+            if generator.kept_for == session_id:
+                generator.kept_for = ""
 
     def confirm(self, session_id: str, replica_id: str) -> None:
         """Note that a session is where it said."""
-        place = self.places.get(replica_id)
-        if place is not None:
-            place.sessions |= {session_id}
+        generator = self.generators.get(replica_id)
+        if generator is not None:
+            generator.sessions |= {session_id}
 
     def refuse(self, replica_id: str) -> None:
         """Give a generator nothing until it reports again: it could not be reached."""
-        place = self.places.get(replica_id)
-        if place is not None:
-            place.refused = True
+        generator = self.generators.get(replica_id)
+        if generator is not None:
+            generator.refused = True
 
     def _free(self, sessions: Iterable[str]) -> None:
         """Note that sessions are in no generator any more; those that are not forgotten may come back."""
@@ -240,9 +242,9 @@ class Fleet:
             self._leaving.discard(session_id)
             self._nbytes.pop(session_id, None)
 
-    def _has_memory(self, place: GeneratorPlace, session_id: str) -> bool:
-        needed = self._used_bytes(place) + self._nbytes.get(session_id, 0)
-        return place.budget_bytes is None or needed <= place.budget_bytes
+    def _has_memory(self, generator: GeneratorState, session_id: str) -> bool:
+        needed = self._used_bytes(generator) + self._nbytes.get(session_id, 0)
+        return generator.budget_bytes is None or needed <= generator.budget_bytes
 
-    def _used_bytes(self, place: GeneratorPlace) -> int:
-        return sum(self._nbytes.get(session_id, 0) for session_id in place.sessions | place.granted)
+    def _used_bytes(self, generator: GeneratorState) -> int:
+        return sum(self._nbytes.get(session_id, 0) for session_id in generator.sessions | generator.granted)

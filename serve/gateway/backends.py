@@ -38,8 +38,8 @@ from serve.messages import (
     LeaseStarted,
     PackedEmbedding,
     PackedTensor,
-    Place,
     Process,
+    QueuePlace,
 )
 from serve.silence import AnswerWatch, SilenceWatch, answers_its_health_check
 from serve.status import DEVICE_FAULT, FailedElsewhere, Failure
@@ -64,7 +64,7 @@ class Backends(Protocol):
         """What goes into a :class:`LeaseRequest`."""
         ...
 
-    def places(self, claim: Claim) -> AsyncGenerator[Place]:
+    def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
         """Join the queue and yield where the session stands."""
         ...
 
@@ -175,7 +175,7 @@ class RayBackends:
             "decoders": len(self._decoders),
         }
 
-    def places(self, claim: Claim) -> AsyncGenerator[Place]:
+    def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
         """Join the queue (see :meth:`AdmissionDesk.places`)."""
         return self._desk.places(claim)
 

@@ -23,7 +23,7 @@ from serve.config import ServiceConfig
 from serve.detached import detached
 from serve.logs import LOGGER
 from serve.mailbox import start_mailbox
-from serve.metrics import Place
+from serve.metrics import Role
 from serve.metrics.process import replica_recorder, watch_replica
 from serve.tracing import Tracing
 
@@ -45,8 +45,8 @@ class Gateway:
         generator: DeploymentHandle[Any],
         decoder: DeploymentHandle[Any],
     ) -> None:
-        self._recorder = replica_recorder(Place.GATEWAY)
-        watch_replica(self._recorder, config, Place.GATEWAY)
+        self._recorder = replica_recorder(Role.GATEWAY)
+        watch_replica(self._recorder, config, Role.GATEWAY)
         logs.set_up(config.logs)
         replica = serve.get_replica_context()
         replica_id: str = replica.replica_id.unique_id

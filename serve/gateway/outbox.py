@@ -10,7 +10,7 @@ from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.codecs.frames import EncodedFrame, split
 from serve.config import ServiceConfig
-from serve.messages import Decoded, GeneratedChunk, Place
+from serve.messages import Decoded, GeneratedChunk, QueuePlace
 from serve.status import Failure
 
 from .model_facts import model_info, session_limits
@@ -87,7 +87,7 @@ class Outbox:
         """Let go of what nobody will take any more."""
         self._queue, self.nbytes = asyncio.Queue(), 0
 
-    def place(self, place: Place, waited_s: float) -> None:
+    def place(self, place: QueuePlace, waited_s: float) -> None:
         """Tell where the session stands in the queue."""
         status = pb.QueueStatus(sessions_ahead_count=place.ahead)
         status.waited.FromNanoseconds(duration_ns(waited_s))

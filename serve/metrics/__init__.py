@@ -1,6 +1,6 @@
 """What the service measures: the table of metrics, where values go, and who records them."""
 
-from .definitions import ALL, PREFIX, Kind, Metric, Place
+from .definitions import ALL, PREFIX, Kind, Metric, Role
 from .recorder import SILENT, Recorder
 from .sinks import MemorySink, NoSink, PrometheusSink, RaySink, Sink
 
@@ -12,9 +12,9 @@ __all__ = [
     "MemorySink",
     "Metric",
     "NoSink",
-    "Place",
     "PrometheusSink",
     "RaySink",
     "Recorder",
+    "Role",
     "Sink",
 ]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from serve.client import Ended, Event, Frame
 
-from .definitions import Place
+from .definitions import Role
 from .recorder import SILENT, Recorder
 from .served import served_metrics
 
@@ -60,5 +60,5 @@ def client_metrics(port: int) -> Iterator[Recorder]:
     Raises:
         InvalidRequest: If the port cannot be had (field ``metrics_port``).
     """
-    with served_metrics(port, Place.CLIENT) as recorder:
+    with served_metrics(port, Role.CLIENT) as recorder:
         yield recorder

@@ -23,7 +23,7 @@ class Kind(StrEnum):
     HISTOGRAM = "histogram"
 
 
-class Place(StrEnum):
+class Role(StrEnum):
     """Which process records a metric."""
 
     GATEWAY = "gateway"
@@ -44,7 +44,7 @@ class Metric:
         name: Without the prefix; ends with the unit, and a counter's with ``_total``.
         unit: What a value of 1 means.
         help: One sentence.
-        place: Which process records it.
+        role: Which process records it.
         labels: Each label's possible values; empty for one whose values are listed elsewhere (and are still few).
         buckets: Upper bounds of a histogram's buckets.
     """
@@ -53,7 +53,7 @@ class Metric:
     name: str
     unit: str
     help: str
-    place: Place
+    role: Role
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     buckets: tuple[float, ...] = ()
 
@@ -82,7 +82,7 @@ DECODER_STAGES = ("decode", "encode", "prime")
 
 def _define(
     kind: Kind,
-    place: Place,
+    role: Role,
     name: str,
     unit: str,
     text: str,
@@ -91,7 +91,7 @@ def _define(
     **labels: tuple[str, ...],
 ) -> Metric:
     assert name not in ALL, f"{name} is defined twice"
-    metric = ALL[name] = Metric(kind, name, unit, text, place, MappingProxyType(labels), buckets)
+    metric = ALL[name] = Metric(kind, name, unit, text, role, MappingProxyType(labels), buckets)
     return metric
 
 
@@ -99,7 +99,7 @@ def _define(
 
 SESSIONS = _define(
     Kind.GAUGE,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "sessions",
     "sessions",
     "Sessions that a gateway carries, by what they are doing.",
@@ -107,14 +107,14 @@ SESSIONS = _define(
 )
 SESSIONS_STARTED = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "sessions_started_total",
     "sessions",
     "Sessions that got a generator.",
 )
 SESSIONS_FINISHED = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "sessions_finished_total",
     "sessions",
     "Calls that ended: served as asked, ended by the client's own doing, refused for lack of room, or failed here.",
@@ -122,7 +122,7 @@ SESSIONS_FINISHED = _define(
 )
 SESSION_ERRORS = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "session_errors_total",
     "sessions",
     "Calls that ended with an error, by its reason (docs/api.md lists them).",
@@ -130,7 +130,7 @@ SESSION_ERRORS = _define(
 )
 SESSION_REJECTS = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "session_rejects_total",
     "sessions",
     "Calls that were refused before they got a generator, by the error's reason.",
@@ -138,7 +138,7 @@ SESSION_REJECTS = _define(
 )
 SESSION_SECONDS = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "session_length_seconds",
     "seconds",
     "From the grant of a generator to the end of the session.",
@@ -146,14 +146,14 @@ SESSION_SECONDS = _define(
 )
 STREAMING_SECONDS = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "streaming_seconds_total",
     "seconds",
     "Time that sessions have held a generator; divided by its own time, sessions streaming on average.",
 )
 ADMISSION_WAIT = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "admission_wait_seconds",
     "seconds",
     "From the session's configuration to a generator that has begun.",
@@ -161,7 +161,7 @@ ADMISSION_WAIT = _define(
 )
 TTFC = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "time_to_first_chunk_seconds",
     "seconds",
     "From the session's configuration to its first chunk handed to the transport, the wait in the queue included.",
@@ -169,7 +169,7 @@ TTFC = _define(
 )
 FIRST_CHUNK_AFTER_GRANT = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "first_chunk_after_grant_seconds",
     "seconds",
     "From a generator that has begun to the first chunk handed to the transport.",
@@ -177,7 +177,7 @@ FIRST_CHUNK_AFTER_GRANT = _define(
 )
 PROMPT_LATENCY = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "prompt_latency_seconds",
     "seconds",
     "From a prompt's arrival at the gateway to the first chunk that shows it, handed to the transport.",
@@ -186,14 +186,14 @@ PROMPT_LATENCY = _define(
 
 SESSION_MOVES = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "session_moves_total",
     "moves",
     "Times that a session lost its generator and went on with another one.",
 )
 INTERRUPTION = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "session_interruption_seconds",
     "seconds",
     "From the loss of a session's generator to the beginning of its next one.",
@@ -204,7 +204,7 @@ INTERRUPTION = _define(
 
 STAGE_SECONDS = _define(
     Kind.HISTOGRAM,
-    Place.REPLICA,
+    Role.REPLICA,
     "chunk_stage_seconds",
     "seconds",
     "Time of one chunk (stage text: of one batch of prompts) in one stage. queue: finished by the generator, not yet "
@@ -213,23 +213,23 @@ STAGE_SECONDS = _define(
     *STAGE_S,
     stage=("queue", "text", *GENERATOR_STAGES, "transfer", *DECODER_STAGES, "send"),
 )
-CHUNKS_SENT = _define(Kind.COUNTER, Place.GATEWAY, "chunks_sent_total", "chunks", "Chunks handed to the transport.")
+CHUNKS_SENT = _define(Kind.COUNTER, Role.GATEWAY, "chunks_sent_total", "chunks", "Chunks handed to the transport.")
 FRAMES_SENT = _define(
-    Kind.COUNTER, Place.GATEWAY, "frames_sent_total", "frames", "Pixel frames handed to the transport."
+    Kind.COUNTER, Role.GATEWAY, "frames_sent_total", "frames", "Pixel frames handed to the transport."
 )
 VIDEO_SECONDS = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "video_seconds_total",
     "seconds",
     "Video handed to the transport, at the session's frame rate.",
 )
 BYTES_SENT = _define(
-    Kind.COUNTER, Place.GATEWAY, "frame_bytes_sent_total", "bytes", "Encoded frames handed to the transport."
+    Kind.COUNTER, Role.GATEWAY, "frame_bytes_sent_total", "bytes", "Encoded frames handed to the transport."
 )
 REALTIME_FACTOR = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "realtime_factor_ratio",
     "ratio",
     "Seconds of video in a chunk for each second since the chunk before, time spent waiting for the client left out.",
@@ -237,7 +237,7 @@ REALTIME_FACTOR = _define(
 )
 DEADLINE_MISSES = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "deadline_misses_total",
     "chunks",
     "Chunks that a viewer who plays at the session's frame rate, half a second behind, would have had to wait for. The "
@@ -245,49 +245,49 @@ DEADLINE_MISSES = _define(
 )
 SERVER_STARVED_CLIENT = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "server_starved_client_chunks_total",
     "chunks",
     "Chunks that were sent when the client had finished with all before: it was waiting for the server.",
 )
 CLIENT_STARVED_SERVER = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "client_starved_server_chunks_total",
     "chunks",
     "Chunks that the generator could begin only after it had waited for the client's credit.",
 )
 CREDIT_WAIT_SECONDS = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "credit_wait_seconds_total",
     "seconds",
     "Time that generators have waited for clients' credit.",
 )
 FRAMES_DROPPED = _define(
     Kind.COUNTER,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "frames_dropped_total",
     "frames",
     "Pixel frames that were made and not sent, because the client did not keep up and had asked for that.",
 )
 CREDITS = _define(
     Kind.GAUGE,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "credits_outstanding",
     "chunks",
     "Chunks that clients still allow beyond those sent, summed over sessions.",
 )
 UNACKED = _define(
     Kind.GAUGE,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "unacknowledged_chunks",
     "chunks",
     "Chunks sent that clients are not finished with, summed over sessions.",
 )
 DRIFT_SCORE = _define(
     Kind.HISTOGRAM,
-    Place.GATEWAY,
+    Role.GATEWAY,
     "latent_drift_score",
     "standard deviations",
     "How far a chunk's latents are from those of the session's first seconds. mean: root mean square over the channels "
@@ -301,7 +301,7 @@ DRIFT_SCORE = _define(
 
 BUSY_SECONDS = _define(
     Kind.COUNTER,
-    Place.GENERATOR,
+    Role.GENERATOR,
     "generator_seconds_total",
     "seconds",
     "Time of generators: busy on the device, held by a session but not at work, or idle.",
@@ -309,14 +309,14 @@ BUSY_SECONDS = _define(
 )
 RECACHES = _define(
     Kind.COUNTER,
-    Place.GENERATOR,
+    Role.GENERATOR,
     "recaches_total",
     "recaches",
     "Times that keys and values were recomputed from latents (a prompt's policy, an anchor, a restored session).",
 )
 DEVICE_FAULTS = _define(
     Kind.COUNTER,
-    Place.GENERATOR,
+    Role.GENERATOR,
     "device_faults_total",
     "faults",
     "Faults of a device, also a decoder's or a text encoder's, after which its replica is replaced.",
@@ -327,14 +327,14 @@ DEVICE_FAULTS = _define(
 
 PRIMES = _define(
     Kind.COUNTER,
-    Place.DECODER,
+    Role.DECODER,
     "decoder_primes_total",
     "primes",
     "Times that a decoder's cache was made anew from latents, because it was elsewhere or had been given up.",
 )
 DECODER_CALLS = _define(
     Kind.COUNTER,
-    Place.DECODER,
+    Role.DECODER,
     "decoder_calls_total",
     "chunks",
     "Chunks that decoders were asked for: decoded; repeated, answered from memory; missed, because the session's cache "
@@ -343,17 +343,17 @@ DECODER_CALLS = _define(
 )
 DECODER_EVICTIONS = _define(
     Kind.COUNTER,
-    Place.DECODER,
+    Role.DECODER,
     "decoder_evictions_total",
     "sessions",
     "Temporal caches that a decoder gave up, to make room or because they were not used for long.",
 )
 DECODER_SESSIONS = _define(
-    Kind.GAUGE, Place.DECODER, "decoder_cached_sessions", "sessions", "Sessions whose temporal cache a decoder holds."
+    Kind.GAUGE, Role.DECODER, "decoder_cached_sessions", "sessions", "Sessions whose temporal cache a decoder holds."
 )
 TEXT_BATCH = _define(
     Kind.HISTOGRAM,
-    Place.TEXT_ENCODER,
+    Role.TEXT_ENCODER,
     "text_batch_prompts",
     "prompts",
     "Prompts that were encoded together.",
@@ -361,7 +361,7 @@ TEXT_BATCH = _define(
 )
 CACHE_BYTES = _define(
     Kind.GAUGE,
-    Place.REPLICA,
+    Role.REPLICA,
     "cache_bytes",
     "bytes",
     "Memory of caches: kv, a generator's sessions; decoder, temporal caches and last frames; text, embeddings.",
@@ -369,7 +369,7 @@ CACHE_BYTES = _define(
 )
 CACHE_LIMIT_BYTES = _define(
     Kind.GAUGE,
-    Place.REPLICA,
+    Role.REPLICA,
     "cache_limit_bytes",
     "bytes",
     "What the cache may grow to: kv, the largest session that is allowed; decoder and text, what is configured.",
@@ -380,7 +380,7 @@ CACHE_LIMIT_BYTES = _define(
 
 ADMISSION_SESSIONS = _define(
     Kind.GAUGE,
-    Place.ADMISSION,
+    Role.ADMISSION,
     "admission_sessions",
     "sessions",
     "Sessions that admission knows: waiting for a generator; blocked, those of them that wait for their own tenant's "
@@ -389,17 +389,17 @@ ADMISSION_SESSIONS = _define(
 )
 ADMISSION_LONGEST_WAIT = _define(
     Kind.GAUGE,
-    Place.ADMISSION,
+    Role.ADMISSION,
     "admission_longest_wait_seconds",
     "seconds",
     "How long the session that has waited longest has waited; 0 when nobody does.",
 )
 GENERATORS = _define(
-    Kind.GAUGE, Place.ADMISSION, "generators", "generators", "Generator replicas that report to admission."
+    Kind.GAUGE, Role.ADMISSION, "generators", "generators", "Generator replicas that report to admission."
 )
 GENERATOR_PLACES = _define(
     Kind.GAUGE,
-    Place.ADMISSION,
+    Role.ADMISSION,
     "generator_places",
     "sessions",
     "Sessions that the generators have room for, and those that they hold or are granted.",
@@ -410,7 +410,7 @@ GENERATOR_PLACES = _define(
 
 LOAD_SECONDS = _define(
     Kind.GAUGE,
-    Place.REPLICA,
+    Role.REPLICA,
     "model_load_seconds",
     "seconds",
     "How long this replica took to be ready: its weights loaded, and the first passes that later ones do not pay for.",
@@ -418,21 +418,21 @@ LOAD_SECONDS = _define(
 )
 GC_SECONDS = _define(
     Kind.COUNTER,
-    Place.REPLICA,
+    Role.REPLICA,
     "gc_pause_seconds_total",
     "seconds",
     "Time that Python's cyclic garbage collector has held the interpreter.",
 )
 GC_LONGEST = _define(
     Kind.GAUGE,
-    Place.REPLICA,
+    Role.REPLICA,
     "gc_longest_pause_seconds",
     "seconds",
     "Longest pause of the garbage collector since the last look, some seconds ago.",
 )
 GPU_MEMORY = _define(
     Kind.GAUGE,
-    Place.REPLICA,
+    Role.REPLICA,
     "gpu_memory_bytes",
     "bytes",
     "The replica's GPU: allocated and reserved by this process, free and total on the device. Only where there is one.",
@@ -440,14 +440,14 @@ GPU_MEMORY = _define(
 )
 GPU_UTILISATION = _define(
     Kind.GAUGE,
-    Place.REPLICA,
+    Role.REPLICA,
     "gpu_utilisation_ratio",
     "ratio",
     "Share of the last moment in which the replica's GPU ran a kernel. Only where there is a GPU and nvidia-ml-py.",
 )
 COST = _define(
     Kind.COUNTER,
-    Place.REPLICA,
+    Role.REPLICA,
     "cost_total",
     "currency",
     "Price of the time that this replica has run, from observability.price_per_replica_hour.",
@@ -458,7 +458,7 @@ COST = _define(
 
 CLIENT_TTFF = _define(
     Kind.HISTOGRAM,
-    Place.CLIENT,
+    Role.CLIENT,
     "client_time_to_first_frame_seconds",
     "seconds",
     "From the call to the first frame received.",
@@ -466,17 +466,17 @@ CLIENT_TTFF = _define(
 )
 CLIENT_CHUNK_INTERVAL = _define(
     Kind.HISTOGRAM,
-    Place.CLIENT,
+    Role.CLIENT,
     "client_chunk_interval_seconds",
     "seconds",
     "Between the last frames of two chunks received.",
     *STAGE_S,
 )
-CLIENT_FRAMES = _define(Kind.COUNTER, Place.CLIENT, "client_frames_total", "frames", "Frames received.")
-CLIENT_BYTES = _define(Kind.COUNTER, Place.CLIENT, "client_frame_bytes_total", "bytes", "Encoded frames received.")
+CLIENT_FRAMES = _define(Kind.COUNTER, Role.CLIENT, "client_frames_total", "frames", "Frames received.")
+CLIENT_BYTES = _define(Kind.COUNTER, Role.CLIENT, "client_frame_bytes_total", "bytes", "Encoded frames received.")
 CLIENT_SESSIONS = _define(
     Kind.COUNTER,
-    Place.CLIENT,
+    Role.CLIENT,
     "client_sessions_total",
     "sessions",
     "Sessions that ended at this client, by how.",

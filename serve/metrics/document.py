@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .definitions import ALL, Kind, Metric, Place
+from .definitions import ALL, Kind, Metric, Role
 
 _HEAD = """# Metrics
 
@@ -26,9 +26,9 @@ _COLUMNS = "| name | type | unit | labels | meaning |\n|---|---|---|---|---|"
 def render() -> str:
     """Return the page."""
     parts = [_HEAD]
-    for place in Place:
-        rows = [_row(metric) for metric in ALL.values() if metric.place is place]
-        parts.append(f"\n## Recorded by: {place.value}\n\n{_COLUMNS}")
+    for role in Role:
+        rows = [_row(metric) for metric in ALL.values() if metric.role is role]
+        parts.append(f"\n## Recorded by: {role.value}\n\n{_COLUMNS}")
         parts.extend(rows)
     parts.append("\n## Buckets\n\n| histogram | upper bounds |\n|---|---|")
     parts.extend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from .definitions import Place
+from .definitions import Role
 from .recorder import SILENT, Recorder
 from .served import served_metrics
 
@@ -46,5 +46,5 @@ def engine_metrics(port: int) -> Iterator[EngineMeter]:
     Raises:
         InvalidRequest: If the port cannot be had (field ``metrics_port``).
     """
-    with served_metrics(port, Place.GENERATOR, Place.REPLICA) as recorder:
+    with served_metrics(port, Role.GENERATOR, Role.REPLICA) as recorder:
         yield EngineMeter(recorder)

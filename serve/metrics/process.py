@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from serve.detached import detached
 
-from .definitions import Place
+from .definitions import Role
 from .recorder import Recorder
 from .sinks import RaySink
 
@@ -119,29 +119,29 @@ def measure_gpu(recorder: Recorder) -> None:
         recorder.gpu_utilisation(torch.cuda.utilization() / 100)
 
 
-def replica_recorder(place: Place) -> Recorder:
+def replica_recorder(role: Role) -> Recorder:
     """Return the recorder of a Serve replica."""
     recorder = Recorder(RaySink())
-    recorder.begin(place, Place.REPLICA)
+    recorder.begin(role, Role.REPLICA)
     return recorder
 
 
 def watch_replica(
-    recorder: Recorder, config: ServiceConfig, place: Place, *also: Callable[[float], None]
+    recorder: Recorder, config: ServiceConfig, role: Role, *also: Callable[[float], None]
 ) -> asyncio.Task[None]:
     """Begin to look at a replica's process; needs the running event loop.
 
     Args:
         recorder: Where it goes.
         config: The service.
-        place: What the replica is.
+        role: What the replica is.
         also: See :class:`ProcessMeter`.
     """
     meter = ProcessMeter(
         recorder,
-        price_per_hour=config.observability.price_per_replica_hour.of(place),
+        price_per_hour=config.observability.price_per_replica_hour.of(role),
         currency=config.observability.currency,
-        device="cpu" if place is Place.GATEWAY or config.engine == "simulated" else config.device,
+        device="cpu" if role is Role.GATEWAY or config.engine == "simulated" else config.device,
         also=also,
     )
     return detached(meter.run())

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from . import definitions as metrics
-from .definitions import Kind, Place
+from .definitions import Kind, Role
 from .sinks import NoSink, Sink, label_sets
 
 _OUTCOMES: Mapping[str, str] = {"RESOURCE_EXHAUSTED": "refused", "UNAVAILABLE": "failed", "INTERNAL": "failed"}
@@ -25,10 +25,10 @@ class Recorder:
         self._credits = self._unacked = 0
         self._totals: Counter[str] = Counter()
 
-    def begin(self, *places: Place) -> None:
+    def begin(self, *roles: Role) -> None:
         """Make the series of a process exist, so that its first event is seen as one."""
         for metric in metrics.ALL.values():
-            if metric.place in places and all(metric.labels.values()):
+            if metric.role in roles and all(metric.labels.values()):
                 for labels in label_sets(metric):
                     if metric.kind is Kind.COUNTER:
                         self._sink.add(metric, 0.0, *labels)

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 from causal_forcing.errors import InvalidRequest
 
-from .definitions import Place
+from .definitions import Role
 from .recorder import Recorder
 from .sinks import PrometheusSink
 
 
 @contextmanager
-def served_metrics(port: int, *places: Place) -> Iterator[Recorder]:
+def served_metrics(port: int, *roles: Role) -> Iterator[Recorder]:
     """Serve what the recorder is told at ``http://127.0.0.1:port/metrics`` for as long as the block runs.
 
     Args:
         port: Where to.
-        places: Whose series exist from the start.
+        roles: Whose series exist from the start.
 
     Raises:
         InvalidRequest: If the port cannot be had (field ``metrics_port``).
@@ -31,7 +31,7 @@ def served_metrics(port: int, *places: Place) -> Iterator[Recorder]:
     except (OSError, OverflowError):
         raise InvalidRequest("metrics_port", port, "must be a free port, 1 to 65535") from None
     recorder = Recorder(PrometheusSink(registry))
-    recorder.begin(*places)
+    recorder.begin(*roles)
     try:
         yield recorder
     finally:

@@ -36,7 +36,7 @@ from serve.messages import (
     LeaseStarted,
     PackedEmbedding,
     PackedTensor,
-    Place,
+    QueuePlace,
     Resume,
 )
 from serve.simulated import SimulatedDecoder, SimulatedGenerator, SimulatedText
@@ -134,7 +134,7 @@ class FakeBackends:
     """
 
     service: ServiceConfig = field(default_factory=simulated)
-    places_script: list[Place] = field(default_factory=lambda: [Place(0, None, REPLICA)])
+    places_script: list[QueuePlace] = field(default_factory=lambda: [QueuePlace(0, None, REPLICA)])
     lease_failures: list[Exception] = field(default_factory=list)
     decode_failures: list[Exception | None] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
@@ -151,9 +151,9 @@ class FakeBackends:
         self._engine = SimulatedGenerator(self.service)
         self._text = SimulatedText(self.service)
         self.decoder = DecoderService(SimulatedDecoder(self.service), DECODER, 1 << 30, Warden(self._decoding, 60.0))
-        self._places: asyncio.Queue[Place] = asyncio.Queue()
+        self._places: asyncio.Queue[QueuePlace] = asyncio.Queue()
 
-    async def places(self, claim: Claim) -> AsyncGenerator[Place]:
+    async def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
         for place in self.places_script:
             yield place
         while True:
@@ -164,7 +164,7 @@ class FakeBackends:
 
     async def refuse(self, session_id: str, replica_id: str, *, gone: bool) -> None:
         self.events.append(f"refuse {replica_id}{' gone' if gone else ''}")
-        self._places.put_nowait(Place(0, None, REPLICA))
+        self._places.put_nowait(QueuePlace(0, None, REPLICA))
 
     async def retire(self, replica_id: str) -> None:
         self.events.append(f"retire {replica_id}")

@@ -22,7 +22,7 @@ from serve.admission.directory import LOST_S
 from serve.admission.handle import AdmissionHandle
 from serve.admission.reporter import Reporter
 from serve.errors import Unavailable
-from serve.messages import Claim, Place, Progress, Share
+from serve.messages import Claim, Progress, QueuePlace, Share
 
 T = TypeVar("T")
 
@@ -83,12 +83,12 @@ async def actor() -> AsyncIterator[Remote]:
         remote.actor._sweeper.cancel()
 
 
-async def next_place(places: AsyncIterator[Place]) -> Place:
+async def next_place(places: AsyncIterator[QueuePlace]) -> QueuePlace:
     async with asyncio.timeout(10):
         return await anext(places)
 
 
-async def granted(places: AsyncIterator[Place]) -> str:
+async def granted(places: AsyncIterator[QueuePlace]) -> str:
     while not (place := await next_place(places)).replica_id:
         pass
     return place.replica_id
@@ -97,14 +97,14 @@ async def granted(places: AsyncIterator[Place]) -> str:
 async def test_a_waiting_session_is_told_when_a_generator_reports_in(actor: Remote) -> None:
     desk = AdmissionDesk(actor, "gw")
     places = desk.places(Claim("a"))
-    assert await next_place(places) == Place(0)
+    assert await next_place(places) == QueuePlace(0)
     generator = Reporter(actor, "g1", capacity=1)
     generator.start()
     assert await granted(places) == "g1"
     await generator.add("a")
     await desk.confirm("a", "g1")
     second = desk.places(Claim("b"))
-    assert await next_place(second) == Place(0)
+    assert await next_place(second) == QueuePlace(0)
     await desk.leave("a")
     await generator.remove("a")
     assert await granted(second) == "g1"
@@ -129,11 +129,11 @@ async def test_who_waits_with_a_version_that_is_replaced_is_sent_away_unless_a_g
     current = [True]
     desk, generator = AdmissionDesk(actor, "gw", lambda: current[0]), Reporter(actor, "g1", capacity=1)
     first, second = desk.places(Claim("a")), desk.places(Claim("b"))
-    assert await next_place(first) == await next_place(first) == Place(0)
+    assert await next_place(first) == await next_place(first) == QueuePlace(0)
     generator.start()
     current[0] = False
     assert await granted(first) == "g1"
-    assert await next_place(second) == Place(0)
+    assert await next_place(second) == QueuePlace(0)
     with pytest.raises(Unavailable) as caught:
         await next_place(second)
     assert (caught.value.reason, caught.value.retryable) == ("REPLICA_DRAINING", True)
@@ -157,8 +157,8 @@ async def test_after_a_death_the_queue_is_restored_in_order_and_running_sessions
     assert await granted(running) == "g1"
     await generator.add("run")
     await desk.confirm("run", "g1")
-    assert await next_place(first) == Place(0)
-    assert await next_place(second) == Place(1)
+    assert await next_place(first) == QueuePlace(0)
+    assert await next_place(second) == QueuePlace(1)
     actor.kill()
     await desk.retire("someone else")  # what is told to a dead actor is lost without harm
     actor.restart()
@@ -181,7 +181,7 @@ async def test_after_a_death_the_queue_is_restored_in_order_and_running_sessions
 async def test_a_gateway_that_was_taken_for_dead_restores_its_claims(actor: Remote) -> None:
     desk = AdmissionDesk(actor, "gw")
     places = desk.places(Claim("a"))
-    assert await next_place(places) == Place(0)
+    assert await next_place(places) == QueuePlace(0)
     actor.actor._book._gateways["gw"] -= 2 * GATEWAY_SILENT_S
     actor.actor._book.expire(time.monotonic())
     assert actor.actor._book.counts()["waiting"] == 0
@@ -264,7 +264,7 @@ async def test_what_a_living_admission_did_not_hear_is_made_good(
 async def test_a_change_during_a_restore_is_told_with_the_next_one(actor: Remote) -> None:
     desk = AdmissionDesk(actor, "gw")
     places = desk.places(Claim("a", Share("studio")))
-    assert await next_place(places) == Place(0)
+    assert await next_place(places) == QueuePlace(0)
     restore = actor.actor.restore
 
     async def restore_meanwhile(*told: Any) -> None:
@@ -286,7 +286,7 @@ async def test_joining_waits_for_an_actor_that_is_being_restarted(actor: Remote)
     done, _ = await asyncio.wait([joining], timeout=0.01)
     assert not done
     actor.restart()
-    assert await joining == Place(0)
+    assert await joining == QueuePlace(0)
     desk.close()
 
 
@@ -296,7 +296,7 @@ async def test_reports_that_cross_are_all_answered(actor: Remote) -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(*(generator.add(name) for name in "abcd"))
         await asyncio.gather(generator.remove("a"), generator.add("e"))
-    assert actor.actor._book._fleet.places["g1"].sessions == set("bcde")
+    assert actor.actor._book._fleet.generators["g1"].sessions == set("bcde")
 
 
 async def test_a_running_session_that_lost_its_generator_gets_the_next_one(actor: Remote) -> None:
@@ -364,7 +364,7 @@ def carrying(actor: Remote, name: str, carried: Carried) -> AdmissionDesk:
 async def test_any_gateway_knows_every_session_and_can_have_it_ended(actor: Remote) -> None:
     carried = Carried(a=Progress(frame_count=9))
     here, there = carrying(actor, "gw1", carried), AdmissionDesk(actor, "gw2")
-    assert await next_place(here.places(Claim("a", Share("studio")))) == Place(0)
+    assert await next_place(here.places(Claim("a", Share("studio")))) == QueuePlace(0)
     views = await until(there.sessions, lambda views: views[0].progress.frame_count)
     assert (views[0].session_id, views[0].tenant, views[0].is_running) == ("a", "studio", False)
     assert await there.end("a")
@@ -377,7 +377,7 @@ async def test_any_gateway_knows_every_session_and_can_have_it_ended(actor: Remo
 async def test_after_a_death_every_session_is_known_again(actor: Remote) -> None:
     desk = carrying(actor, "gw", Carried(a=Progress(frame_count=9)))
     places = desk.places(Claim("a", Share("studio")))
-    assert await next_place(places) == Place(0)
+    assert await next_place(places) == QueuePlace(0)
     actor.kill()
     actor.restart()
     views = await until(desk.sessions, bool)
@@ -396,7 +396,7 @@ async def test_prompts_are_counted_by_tenant_over_all_gateways_but_not_without_a
 async def test_new_shares_reach_admission(actor: Remote) -> None:
     desk = AdmissionDesk(actor, "gw")
     places = desk.places(Claim("a", Share("studio")))
-    assert await next_place(places) == Place(0)
+    assert await next_place(places) == QueuePlace(0)
     desk.change_shares(lambda tenant: Share(tenant, weight=7, max_sessions=0))
     await until(actor.counts.remote, lambda counts: counts["blocked"])
     desk.close()
@@ -406,7 +406,7 @@ async def test_the_sessions_of_a_dead_gateway_are_billed_from_what_it_told_last(
     file = tmp_path / "usage.jsonl"
     remote = Remote(usage=UsageConfig(file=str(file)))
     desk = carrying(remote, "gw", Carried(a=Progress(frame_count=9)))
-    assert await next_place(desk.places(Claim("a", Share("studio")))) == Place(0)
+    assert await next_place(desk.places(Claim("a", Share("studio")))) == QueuePlace(0)
     await until(desk.sessions, lambda views: views[0].progress.frame_count)
     desk.close()
     admission, now_s = remote.actor, time.monotonic()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from causal_forcing.errors import InvalidRequest, NoCapacity
 from serve.admission.book import GATEWAY_SILENT_S, SETTLE_S, AdmissionBook
 from serve.admission.fleet import GENERATOR_SILENT_S, PASSED_OVER_S
-from serve.messages import Place, Share, Ticket
+from serve.messages import QueuePlace, Share, Ticket
 
 NOW = 100.0
 
@@ -32,7 +32,7 @@ def book(max_queued: int = 10) -> AdmissionBook:
 def test_an_idle_generator_is_granted_at_once() -> None:
     admission = book()
     admission.report("g1", 1, [], NOW)
-    assert admission.enqueue(ticket("a"), NOW) == Place(0, None, "g1")
+    assert admission.enqueue(ticket("a"), NOW) == QueuePlace(0, None, "g1")
 
 
 def test_sessions_wait_in_the_order_they_came() -> None:
@@ -40,7 +40,7 @@ def test_sessions_wait_in_the_order_they_came() -> None:
     places = [admission.enqueue(ticket(name, at), NOW) for at, name in enumerate("abc")]
     assert [place.ahead for place in places] == [0, 1, 2]
     admission.report("g1", 1, [], NOW)
-    assert admission.places("gw", NOW) == {"a": Place(0, None, "g1"), "b": Place(0), "c": Place(1)}
+    assert admission.places("gw", NOW) == {"a": QueuePlace(0, None, "g1"), "b": QueuePlace(0), "c": QueuePlace(1)}
 
 
 def test_a_generator_is_granted_once_until_it_reports_its_session_and_is_idle_again() -> None:
@@ -144,7 +144,7 @@ def test_a_session_that_lost_its_generator_is_not_sent_there_again_when_only_its
     admission.report("g1", 1, [], NOW)
     admission.enqueue(ticket("a"), NOW)
     admission.confirm("a", "g1", NOW)
-    assert admission.enqueue(ticket("a", is_moving=True), NOW) == Place(0)
+    assert admission.enqueue(ticket("a", is_moving=True), NOW) == QueuePlace(0)
 
 
 def test_several_sessions_may_share_a_generator() -> None:
@@ -187,8 +187,8 @@ def test_a_refused_grant_goes_back_to_its_old_place() -> None:
     admission.enqueue(ticket("a", 0), NOW)
     admission.enqueue(ticket("b", 1), NOW)
     admission.refuse("a", "g1", NOW)
-    assert admission.place("a", NOW) == Place(0)
-    assert admission.place("b", NOW) == Place(1)
+    assert admission.place("a", NOW) == QueuePlace(0)
+    assert admission.place("b", NOW) == QueuePlace(1)
     admission.report("g1", 1, [], NOW)
     assert admission.place("a", NOW).replica_id == "g1"
 
@@ -239,7 +239,7 @@ def test_a_new_book_is_rebuilt_from_gateways_and_generators() -> None:
     admission.report("g1", 1, ["a"], NOW)
     admission.report("g2", 1, [], NOW)
     admission.expire(NOW + SETTLE_S)
-    assert admission.places("gw1", NOW) == {"b": Place(0, None, "g2")}
+    assert admission.places("gw1", NOW) == {"b": QueuePlace(0, None, "g2")}
     assert admission.place("c", NOW).ahead == 0
     counts = admission.counts()
     assert [counts[name] for name in ("waiting", "granted", "running", "generators", "idle")] == [1, 1, 1, 2, 0]
@@ -409,7 +409,7 @@ def test_what_tenants_have_had_survives_a_new_book() -> None:
     second.restore("gw", [of("greedy", "y", 1), of("other", "z", 2)], NOW, first.ledger())
     second.report("g1", 1, [], NOW)
     assert second.place("z", NOW).replica_id == "g1"
-    assert second.place("y", NOW) == Place(0)
+    assert second.place("y", NOW) == QueuePlace(0)
 
 
 def test_a_restored_lease_counts_from_its_start() -> None:
@@ -450,9 +450,9 @@ def test_an_idle_generator_never_meets_a_waiting_session_and_places_are_never_gi
             admission.report(f"g{number}", 1, [], NOW)
         counts = admission.counts()
         assert not (counts["idle"] and counts["waiting"])
-        grants = [r for p in admission._fleet.places.values() for r in p.granted]
+        grants = [r for p in admission._fleet.generators.values() for r in p.granted]
         assert len(grants) == len(set(grants))
-        assert all(len(p.sessions | p.granted) <= 1 for p in admission._fleet.places.values())
+        assert all(len(p.sessions | p.granted) <= 1 for p in admission._fleet.generators.values())
 
 
 BUDGETS: dict[str, int | None] = {"g0": 10, "g1": 6, "g2": None}
@@ -486,7 +486,7 @@ def test_memory_is_never_promised_twice_and_never_idle_beside_a_session_that_it_
         elif action == "R" and number < 3:
             report(f"g{number}", *(s for s in running[f"g{number}"] if s in admission._tickets))
         waiting = [t for t in admission.tickets() if not t.replica_id]
-        for replica_id, place in fleet.places.items():
+        for replica_id, place in fleet.generators.items():
             used, budget = fleet._used_bytes(place), BUDGETS[replica_id]
             assert place.held <= 3
             assert budget is None or used <= budget

@@ -15,7 +15,7 @@ from serve.errors import Unavailable
 from serve.gateway.control_line import ControlLine
 from serve.gateway.moves import PROGRESS_CHUNKS, GeneratorLost, Moves
 from serve.logs import LOGGER
-from serve.messages import Credit, Place, SetPaused, SetPrompt, Stop
+from serve.messages import Credit, QueuePlace, SetPaused, SetPrompt, Stop
 from serve.planted import ALWAYS
 from serve.simulated import mark
 from serve.status import FailedElsewhere, failure_of
@@ -117,7 +117,7 @@ async def test_a_waiting_session_hears_where_it_stands_and_may_leave() -> None:
 
     def on_message(message: pb.StreamVideoResponse) -> None:
         if message.frame.last_in_chunk:
-            backends.places_script = [Place(0)]  # nobody is free from now on
+            backends.places_script = [QueuePlace(0)]  # nobody is free from now on
             client.ack(message.frame.chunk_index)
         if message.HasField("queue_status") and message.sequence > 0:
             client.half_close()
@@ -134,7 +134,7 @@ async def test_without_another_generator_the_session_ends_and_says_why() -> None
 
     def on_message(message: pb.StreamVideoResponse) -> None:
         if message.frame.last_in_chunk:
-            backends.places_script = [Place(0)]
+            backends.places_script = [QueuePlace(0)]
             client.ack(message.frame.chunk_index)
 
     heard = await run(client, backends, on_message)

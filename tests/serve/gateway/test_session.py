@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.codecs.frames import Codec, decode_frame
 from serve.errors import Unavailable
-from serve.messages import Place
+from serve.messages import QueuePlace
 from serve.simulated import mark
 from tests.serve.fakes import LOST, REPLICA, Client, FakeBackends, kinds, open_session, play, simulated
 
@@ -159,7 +159,7 @@ async def test_too_many_prompts_at_once_are_refused_by_name() -> None:
 
 async def test_a_waiting_session_hears_where_it_stands() -> None:
     client = Client()
-    backends = FakeBackends(places_script=[Place(2, 30.0), Place(1), Place(0, None, REPLICA)])
+    backends = FakeBackends(places_script=[QueuePlace(2, 30.0), QueuePlace(1), QueuePlace(0, None, REPLICA)])
     client.config()
     heard = await run(client, backends, acking(client, 0, end_of(client)))
     told = [m.queue_status for m in heard if m.HasField("queue_status")]
@@ -169,7 +169,7 @@ async def test_a_waiting_session_hears_where_it_stands() -> None:
 
 
 async def test_a_waiting_session_is_kept_alive_by_pings_and_can_leave() -> None:
-    client, backends = Client(), FakeBackends(places_script=[Place(5)])
+    client, backends = Client(), FakeBackends(places_script=[QueuePlace(5)])
     client.config()
 
     def on_message(message: pb.StreamVideoResponse) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from serve.metrics import ALL, Kind, MemorySink, Metric, Place, PrometheusSink, Recorder
+from serve.metrics import ALL, Kind, MemorySink, Metric, PrometheusSink, Recorder, Role
 from serve.metrics.__main__ import files
 
 
@@ -33,7 +33,7 @@ def test_what_is_made_of_the_table_is_current(path: Path) -> None:
 def test_the_same_definitions_go_through_prometheus_client() -> None:
     registry = CollectorRegistry()
     recorder = Recorder(PrometheusSink(registry))
-    recorder.begin(Place.CLIENT)
+    recorder.begin(Role.CLIENT)
     recorder.client_frame(100)
     recorder.client_first_frame(0.3)
     text = generate_latest(registry).decode()
@@ -44,7 +44,7 @@ def test_the_same_definitions_go_through_prometheus_client() -> None:
 
 def test_counters_with_known_labels_begin_at_zero() -> None:
     sink = MemorySink()
-    Recorder(sink).begin(Place.GATEWAY)
+    Recorder(sink).begin(Role.GATEWAY)
     assert sink.values["sessions_finished_total", "refused"] == 0
     assert not [key for key in sink.values if key[0] == "session_errors_total"]
 

@@ -9,7 +9,7 @@ import torch
 
 from causal_forcing.errors import InvalidRequest
 from serve.config import load_config
-from serve.metrics import MemorySink, Place, Recorder
+from serve.metrics import MemorySink, Recorder, Role
 from serve.metrics.generator import GeneratorMeter
 from serve.metrics.process import CollectorWatch, ProcessMeter, measure_gpu
 from tests.serve.fakes import chunk
@@ -125,4 +125,4 @@ def test_a_price_that_is_not_one_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"observability.currency"):
         load_config(None, observability={"currency": "dollars"})
     config = load_config(None, observability={"price_per_replica_hour": {"vae_decoder": 2.5}})
-    assert config.observability.price_per_replica_hour.of(Place.DECODER) == 2.5
+    assert config.observability.price_per_replica_hour.of(Role.DECODER) == 2.5
