@@ -23,9 +23,8 @@ from causal_forcing.engine import Engine
 from causal_forcing.presets import Preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, SwitchPolicy, WeightedPrompt
 from causal_forcing.session import Session
-from causal_forcing.tiny_vae import TinyVae
 from causal_forcing.transformer import CausalTransformer
-from causal_forcing.vae import WanVae
+from causal_forcing.vae import TinyVae, WanVae
 from causal_forcing.weights.initialise import draw_weight
 from causal_forcing.weights.loading import build_vae, default_dtype
 

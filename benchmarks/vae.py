@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from causal_forcing.config import TinyVaeConfig, VaeConfig
 from causal_forcing.geometry import LATENT_CHANNELS, Geometry
-from causal_forcing.tiny_vae import TinyVae
-from causal_forcing.vae import StreamingVae, WanVae
+from causal_forcing.vae import StreamingVae, TinyVae, WanVae
 
 DEFAULT_CASES = (
     "wan1:16:64x64,wan:16:64x64,wan:20:64x64,wan:24:64x64,wan:32:64x64,tae:16:64x64,"

@@ -13,10 +13,9 @@ from causal_forcing.config import TinyVaeConfig, VaeConfig
 from causal_forcing.errors import BadCheckpoint
 from causal_forcing.presets import Preset
 from causal_forcing.text_encoder import DEFAULT_CACHE_BYTES, TextEncoder, build_encoder
-from causal_forcing.tiny_vae import TinyVae
 from causal_forcing.tokenizer import FileTokenizer, FragmentTokenizer, Tokenizer
 from causal_forcing.transformer import CausalTransformer
-from causal_forcing.vae import WanVae
+from causal_forcing.vae import TinyVae, WanVae
 from causal_forcing.weights.formats import Checkpoint, TensorInfo, open_checkpoint, require_finite
 from causal_forcing.weights.initialise import seeded_weights
 from causal_forcing.weights.keys import EMBEDDING, EMBEDDING_ALIAS, Family, Layout, recognise

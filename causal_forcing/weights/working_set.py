@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from causal_forcing.config import TinyVaeConfig, VaeConfig
 from causal_forcing.geometry import TEMPORAL_STRIDE, Geometry, pixel_frames
-from causal_forcing.tiny_vae import TinyVae
-from causal_forcing.vae import WanVae
+from causal_forcing.vae import TinyVae, WanVae
 from causal_forcing.weights.loading import build_vae
 
 _META = torch.device("meta")

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from causal_forcing.config import TinyVaeConfig
 from causal_forcing.geometry import Geometry
-from causal_forcing.tiny_vae import TinyVae
+from causal_forcing.vae import TinyVae
 
 GEOMETRY = Geometry(32, 48)
 FULL = Geometry(480, 832)

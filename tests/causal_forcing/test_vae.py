@@ -9,8 +9,7 @@ from torch import Tensor
 from causal_forcing.config import TinyVaeConfig, VaeConfig
 from causal_forcing.errors import InvalidRequest, SessionStateError
 from causal_forcing.geometry import Geometry, pixel_frames
-from causal_forcing.tiny_vae import TinyVae
-from causal_forcing.vae import StreamingVae, WanVae, layers
+from causal_forcing.vae import StreamingVae, TinyVae, WanVae, layers
 
 GEOMETRY = Geometry(32, 48)
 BUILDERS = {

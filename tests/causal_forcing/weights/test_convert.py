@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from causal_forcing.config import TinyVaeConfig
 from causal_forcing.errors import BadCheckpoint, InvalidRequest
 from causal_forcing.presets import get_preset
-from causal_forcing.tiny_vae import TinyVae
+from causal_forcing.vae import TinyVae
 from causal_forcing.weights import load_transformer
 from causal_forcing.weights.convert import convert
 from causal_forcing.weights.initialise import seeded_weights

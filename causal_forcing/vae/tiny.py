@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from causal_forcing.config import TinyVaeConfig
 from causal_forcing.geometry import LATENT_CHANNELS, TEMPORAL_STRIDE
-from causal_forcing.vae import DecoderState, EncoderState, StreamingVae
 from causal_forcing.vae.layers import Convolution, DoublingConv, TemporalLayer, groups
-from causal_forcing.vae.state import StreamState
+from causal_forcing.vae.state import DecoderState, EncoderState, StreamState
+from causal_forcing.vae.streaming import StreamingVae
 
 _CLAMP = 3.0
 """Latents are limited softly to plus or minus this."""
