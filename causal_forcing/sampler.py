@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -91,10 +90,9 @@ def denoise(
         Stopped: If ``should_stop`` said so.
     """
     x = draw_noise(0)
-    for draw, (step, following) in enumerate(pairwise((*steps, None)), start=1):
+    for draw, (step, following) in enumerate(zip(steps, (*steps[1:], None), strict=True), start=1):
         if should_stop is not None and should_stop():
             raise Stopped
-        assert step is not None
         x0 = to_x0(x, predict_velocity(x, step.modulation), step.level.sigma)
         x = x0 if following is None else renoise(x0, draw_noise(draw), following.level.sigma)
     return x

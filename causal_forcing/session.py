@@ -7,7 +7,7 @@ product on one screen: apply the prompt, denoise, write the context, advance.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -150,7 +150,7 @@ class Session:
             given = latents.to(self.engine.device, self.engine.dtype)
             with self._position_kept_on_error():
                 for part in split_passes(given, chunk_frames):
-                    self._write_context(part, self._open_chunk(part.shape[2]))
+                    self._append(part, self._open_chunk(part.shape[2]))
                 return self._commit(given, start=0, starts_scene=True, given=True)
 
     def generate_chunk(self, *, should_stop: Callable[[], bool] | None = None) -> Chunk:
@@ -235,7 +235,7 @@ class Session:
             for start, latents in runs:
                 if start != cache.cursor.end:  # evicted frames lie before it
                     cache.rewind(ring_start=start, end=start)
-                self._write_context(latents, self._open_chunk(latents.shape[2]))
+                self._append(latents, self._open_chunk(latents.shape[2]))
         self.state.cache_is_stale = False
 
     def _next_chunk(self, make_latents: Callable[[ChunkContext], Tensor]) -> Chunk:
@@ -246,7 +246,7 @@ class Session:
                 context = self._open_chunk(self.engine.preset.chunk_frames)
                 latents = make_latents(context)
                 before = mark(self.engine.device)
-                self._write_context(latents, context)
+                self._append(latents, context)
                 marks = (before, mark(self.engine.device))
                 return self._commit(latents, start=start, starts_scene=starts_scene, context_marks=marks)
 
@@ -287,7 +287,8 @@ class Session:
         device, dtype = self.engine.device, self.engine.dtype
         return lambda draw: upload(self._noise(chunk, draw, shape), device, dtype)
 
-    def _write_context(self, latents: Tensor, context: ChunkContext) -> None:
+    def _append(self, latents: Tensor, context: ChunkContext) -> None:
+        """Write the keys and values of clean frames, and move the position past them."""
         self.engine.transformer.write_context(latents, self._schedule.context, context)
         self.state.cache.advance(context.plan)
 
@@ -326,10 +327,12 @@ class Session:
         Rows that the work has written by then are either past that position or written again by the next try.
         """
         cache = self.state.cache
-        with ExitStack() as undo:
-            undo.callback(setattr, cache, "cursor", cache.cursor)
+        before = cache.cursor
+        try:
             yield
-            undo.pop_all()
+        except BaseException:
+            cache.cursor = before
+            raise
 
     @contextmanager
     def _device_work(self) -> Iterator[None]:
