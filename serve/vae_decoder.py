@@ -22,10 +22,10 @@ from ray import serve
 from . import logs
 from .admission.succession import refusal
 from .codecs.frames import EncodedFrame, FrameEncoder, Pixels, new_encoder
+from .codecs.images import read_start_image
 from .config import ServiceConfig
 from .device import Warden
 from .engines import DecoderEngine, DecoderStream, load_decoder
-from .gateway.images import read_start_image
 from .messages import CloseDecoder, Decoded, DecodeRequest, EncodeImage, PackedTensor, Process
 from .metrics import SILENT, Recorder, Role
 from .metrics.process import replica_recorder, watch_replica

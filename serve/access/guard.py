@@ -7,8 +7,8 @@ from typing import Protocol
 
 from causal_forcing.errors import NoCapacity
 from causal_forcing.prompts import PromptUpdate
-from serve.gateway.requests import SessionRequest
 from serve.messages import Share
+from serve.session_request import SessionRequest
 
 from .identity import Caller
 from .moderation import Moderator, Question

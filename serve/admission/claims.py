@@ -5,8 +5,8 @@ from __future__ import annotations
 from causal_forcing.config import SessionConfig
 from causal_forcing.footprint import session_bytes
 from serve.config import ServiceConfig
-from serve.gateway.requests import SessionRequest
 from serve.messages import Claim, Share
+from serve.session_request import SessionRequest
 
 ITEM_BYTES = {"cpu": 4, "cuda": 2}
 """Bytes of a number in a generator's caches, by device: float32 or bfloat16."""

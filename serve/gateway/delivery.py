@@ -7,11 +7,11 @@ from collections import deque
 
 from serve.access.usage import Spent
 from serve.messages import Decoded, GeneratedChunk
+from serve.session_request import SessionRequest
 
 from .decoding import DecoderLink
 from .outbox import ChunkCosts, Outbox
 from .prompt_feed import PromptFeed
-from .requests import SessionRequest
 from .session_meter import SessionMeter
 
 

@@ -11,9 +11,10 @@ from ray.exceptions import RayActorError
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import ServiceConfig
 from serve.errors import ClientGone
+from serve.session_request import SessionRequest
 
 from .protocol import ClientEvent, Conversation
-from .requests import SessionRequest, parse_generate
+from .requests import parse_generate
 
 
 class Input(Protocol):

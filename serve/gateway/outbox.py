@@ -11,10 +11,11 @@ from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.codecs.frames import EncodedFrame, split
 from serve.config import ServiceConfig
 from serve.messages import Decoded, GeneratedChunk, QueuePlace
+from serve.session_request import SessionRequest
 from serve.status import Failure
 
 from .model_facts import model_info, session_limits
-from .requests import SessionRequest, duration_ns, effective_config
+from .requests import duration_ns, effective_config
 
 MAX_PART_BYTES = (1 << 20) - 4096
 """Frame data in one message, so that the whole message stays within 1 MiB, an init segment included."""

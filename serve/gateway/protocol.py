@@ -9,8 +9,9 @@ from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.config import ServiceConfig
 from serve.messages import Credit
+from serve.session_request import SessionRequest
 
-from .requests import SessionRequest, parse_config, parse_prompt
+from .requests import parse_config, parse_prompt
 
 ClientEvent = SessionRequest | PromptUpdate | Credit | pb.Ping | pb.End | pb.Pause | pb.Resume | pb.RequestKeyframe
 """A checked message."""

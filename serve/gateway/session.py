@@ -36,6 +36,7 @@ from serve.messages import (
     StartFrom,
     Stop,
 )
+from serve.session_request import SessionRequest
 from serve.status import FailedElsewhere, failure_of
 
 from .backends import Backends
@@ -49,7 +50,6 @@ from .outbox import Outbox
 from .patience import Patience
 from .prompt_feed import PromptFeed
 from .protocol import ClientEvent
-from .requests import SessionRequest
 from .session_meter import SessionMeter
 
 LEASE_S = 8.0

@@ -29,6 +29,6 @@ def test_grey_of_16_bits_keeps_its_levels(orientation: int) -> None:
 
 
 def test_a_gateway_reads_pictures_without_torch_and_av() -> None:
-    program = "import sys, serve.gateway.images; print([m for m in ('torch', 'av') if m in sys.modules])"
+    program = "import sys, serve.codecs.images; print([m for m in ('torch', 'av') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

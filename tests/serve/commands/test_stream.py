@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from causal_forcing.cli import main
+from serve.codecs import images
 from serve.commands.live_line import LiveLine
 from serve.commands.stream import MAX_IMAGE_BYTES
 from serve.errors import Unavailable
-from serve.gateway import images
 from tests.serve.fakes import FakeBackends
 from tests.serve.server import serving_in_background
 

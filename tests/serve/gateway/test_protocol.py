@@ -8,8 +8,8 @@ from causal_forcing.errors import CausalForcingError, NoCapacity
 from causal_forcing.prompts import PromptUpdate
 from protos.causal_forcing.v1 import video_pb2 as pb
 from serve.gateway.protocol import Conversation, MessageRate
-from serve.gateway.requests import SessionRequest
 from serve.messages import Credit
+from serve.session_request import SessionRequest
 from tests.serve.fakes import simulated
 
 PROMPT = pb.PromptUpdate(prompts=[pb.WeightedPrompt(text="a fox")])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from causal_forcing.errors import InvalidRequest
-from serve.gateway.images import MAX_BYTES, MAX_PIXELS, check_start_image, read_start_image
+from serve.codecs.images import MAX_BYTES, MAX_PIXELS, check_start_image, read_start_image
 
 
 def file_of(picture: Image.Image, kind: str, **options: object) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from causal_forcing.pictures import PictureRules
-from serve.codecs.frames import Pixels
+
+from .frames import Pixels
 
 MAX_BYTES = 4 << 20
 """Largest file."""
