@@ -64,12 +64,13 @@ STRAY_WORDS = (
 
 OPENINGS = ("", "", "", "", "a video of ", "there is ", "show me ", "we see ")
 SIZE_OMITTED = 0.25
+"""Share of objects whose size a caption leaves out."""
 STRAY = 0.15
 
 
-def thing_phrase(thing: Thing, rng: np.random.Generator) -> str:
+def thing_phrase(thing: Thing, rng: np.random.Generator, *, size_omitted: float = SIZE_OMITTED) -> str:
     """Return a noun phrase with its motion, e.g. ``a tiny crimson disc drifts left``."""
-    size = "" if rng.random() < SIZE_OMITTED else f"{_pick(rng, SIZE_WORDS[thing.size])} "
+    size = "" if rng.random() < size_omitted else f"{_pick(rng, SIZE_WORDS[thing.size])} "
     colour, shape = _pick(rng, COLOUR_WORDS[thing.colour]), _pick(rng, SHAPE_WORDS[thing.shape])
     motion = _pick(rng, MOTION_WORDS[thing.motion])
     noun = f"{size}{colour} {shape}"
@@ -82,9 +83,15 @@ def thing_phrase(thing: Thing, rng: np.random.Generator) -> str:
     return f"{article} {noun} {motion}".strip()
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Return one caption of a scene; advances ``rng``."""
-    things = " and ".join(thing_phrase(thing, rng) for thing in scene.things)
+def caption(scene: Scene, rng: np.random.Generator, *, size_omitted: float = SIZE_OMITTED) -> str:
+    """Return one caption of a scene; advances ``rng``.
+
+    Args:
+        scene: What it describes.
+        rng: Chooses the words.
+        size_omitted: Share of objects whose size is left out.
+    """
+    things = " and ".join(thing_phrase(thing, rng, size_omitted=size_omitted) for thing in scene.things)
     place = _pick(rng, BACKGROUND_WORDS[scene.background])
     text = f"{place}, {things}" if rng.random() < 0.2 else f"{things} {place}"
     text = _pick(rng, OPENINGS) + text

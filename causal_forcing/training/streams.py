@@ -141,7 +141,7 @@ def write_shard(path: Path, engine: Engine, encoder: whole_clip.Parameters, rng:
     assert isinstance(large, VaeConfig)
     scenes = [world.draw_scene(rng) for _ in range(SHARD_STREAMS)]
     cohort = Cohort(engine, engine.session_config(), rng.integers(2**31, size=SHARD_STREAMS).tolist())
-    cohort.update_prompt([captions.caption(scene, rng) for scene in scenes])
+    cohort.update_prompt([captions.caption(scene, rng, size_omitted=0) for scene in scenes])  # or a stream chooses one
     made = torch.cat(list(cohort.latents(1 + (latents.CLIP_FRAMES - 1) * (1 + STRETCHES))), dim=2)
     sinks, went, clips, should_be = [], [], [], []
     for scene, stream in zip(scenes, made, strict=True):

@@ -21,7 +21,9 @@ from causal_forcing.presets import get_preset
 from causal_forcing.tokenizer import END_ID, PAD_ID, FileTokenizer
 from causal_forcing.training import (
     ar,
+    captions,
     cd,
+    cohort,
     evaluation,
     export,
     generated,
@@ -385,7 +387,15 @@ def test_the_guided_copy_learns_what_long_streams_should_have_shown(root, tmp_pa
             streams.build(tmp_path, engine, streams=2)
     places = iter([None, None, *[world.Placement(16.0, 32.0, 0.0)] * 3, None])
     monkeypatch.setattr(streams, "seen", lambda *_: next(places))
+    asked: list[str] = []
+    ask = cohort.Cohort.update_prompt
+    monkeypatch.setattr(
+        cohort.Cohort, "update_prompt", lambda self, prompts: (asked.extend(prompts), ask(self, prompts))
+    )
     streams.build(tmp_path, engine, streams=2)
+    sizes = {word for words in captions.SIZE_WORDS.values() for word in words}
+    assert len(asked) == 3
+    assert all(sizes & set(text.lower().split()) for text in asked)  # a stream would choose one
     streams.build(tmp_path, engine, streams=2)  # nothing is missing: nobody looks again
     student = model.new_generator(root, 5, PRESET)
     made = streams.load_streams(tmp_path, student.tokenizer, 64)

@@ -89,8 +89,10 @@ def test_captions_name_their_scene():
     rng = np.random.default_rng(5)
     for _ in range(50):
         scene = world.draw_scene(rng, two_objects=0.3)
-        text = captions.caption(scene, rng).lower()
+        size_omitted = float(rng.integers(2))
+        text = captions.caption(scene, rng, size_omitted=size_omitted).lower()
         for thing in scene.things:
+            assert any(word in text.split() for word in captions.SIZE_WORDS[thing.size]) == (not size_omitted)
             assert any(word in text for word in captions.COLOUR_WORDS[thing.colour])
             assert any(word in text for word in captions.SHAPE_WORDS[thing.shape])
             assert any(phrase in text for phrase in captions.MOTION_WORDS[thing.motion])
