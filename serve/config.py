@@ -474,8 +474,7 @@ class ServiceConfig(Section):
         from causal_forcing.weights.loading import default_dtype
         from causal_forcing.weights.memory import required_bytes
 
-        height, width = max(self.allowed_sizes, key=lambda size: size[0] * size[1])
-        session = self.session_config(height=height, width=width, window_frames=self.allowed_window_frames)
+        session = self.largest_session()
         places = self.generator.sessions_per_replica if sessions is None else sessions
         return required_bytes(
             self.model_preset, None, session, default_dtype(self.device), text_encoder=False, sessions=places
@@ -505,6 +504,16 @@ class ServiceConfig(Section):
     def allowed_window_frames(self) -> int:
         """Largest window a session may have."""
         return self.max_window_frames or self.model_preset.window_frames
+
+    @property
+    def largest_size(self) -> tuple[int, int]:
+        """The largest of the frame sizes that a session may have."""
+        return max(self.allowed_sizes, key=lambda size: size[0] * size[1])
+
+    def largest_session(self) -> SessionConfig:
+        """Return the session that takes the most memory."""
+        height, width = self.largest_size
+        return self.session_config(height=height, width=width, window_frames=self.allowed_window_frames)
 
     def session_config(self, **overrides: object) -> SessionConfig:
         """Return the preset's defaults within the limits of this service, with some fields replaced.

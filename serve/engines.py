@@ -246,12 +246,7 @@ class ModelGenerator:
         """Memory of the keys and values of the largest session that is allowed."""
         from causal_forcing.weights.memory import cache_bytes
 
-        engine, window = self._engine, self._config.allowed_window_frames
-        configs = [
-            engine.session_config(height=height, width=width, window_frames=window)
-            for height, width in self._config.allowed_sizes
-        ]
-        return max(sum(cache_bytes(engine.preset, config, engine.dtype)) for config in configs)
+        return sum(cache_bytes(self._engine.preset, self._config.largest_session(), self._engine.dtype))
 
     def warm_up(self) -> None:
         """Generate two chunks of the default session, a scene's first and a later one."""

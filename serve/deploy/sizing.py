@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from causal_forcing.geometry import FRAMES_PER_SECOND, TEMPORAL_STRIDE, Geometry
 from causal_forcing.presets import Preset
 from serve.config import ServiceConfig
+from serve.messages import PRIME_FRAMES
 
 GIB = 1 << 30
 
@@ -24,9 +25,6 @@ PLAIN_PROCESS_BYTES = GIB // 2
 
 CONTEXT_BYTES = GIB // 2
 """Device memory of a CUDA context and its libraries' handles. An estimate."""
-
-RECORD_LATENTS = 38
-"""Latent frames that a gateway keeps of each session: the Wan decoder's reach."""
 
 COMPRESSION = 8
 """Raw bytes of a frame over its bytes as a JPEG of quality 90, at least; sessions that ask for raw frames need more."""
@@ -59,7 +57,7 @@ def decode_tflops(config: ServiceConfig) -> float:
     """
     from causal_forcing.arithmetic import decode_flops
 
-    flops = decode_flops(config.model_preset.vae_config(config.vae), *_largest(config))
+    flops = decode_flops(config.model_preset.vae_config(config.vae), *config.largest_size)
     return flops * FRAMES_PER_SECOND / TEMPORAL_STRIDE / 1e12
 
 
@@ -73,7 +71,7 @@ def _computing(config: ServiceConfig) -> dict[str, Footprint]:
     from causal_forcing.weights.working_set import decoding_bytes, encoding_bytes
 
     preset, dtype = config.model_preset, default_dtype(config.device)
-    vae, geometry = preset.vae_config(config.vae), Geometry(*_largest(config))
+    vae, geometry = preset.vae_config(config.vae), Geometry(*config.largest_size)
     whole = dict(required_bytes(preset, config.vae, config.session_config(), dtype).items)
     work = max(  # a chunk, or a start image
         decoding_bytes(vae, geometry, dtype, preset.chunk_frames), encoding_bytes(vae, geometry, dtype, 1)
@@ -102,11 +100,7 @@ def _file_bytes(preset: Preset, vae: str) -> dict[str, int]:
 
 def _session_bytes(config: ServiceConfig) -> int:
     """Return what a gateway holds of one session: its last latents, and frames that its client has credit for."""
-    geometry = Geometry(*_largest(config))
-    latents = math.prod(geometry.latent_shape(RECORD_LATENTS)) * 4
+    geometry = Geometry(*config.largest_size)
+    latents = math.prod(geometry.latent_shape(PRIME_FRAMES)) * 4
     frames = config.limits.max_credit_chunks * config.model_preset.chunk_frames * TEMPORAL_STRIDE
     return latents + frames * geometry.height * geometry.width * 3 // COMPRESSION
-
-
-def _largest(config: ServiceConfig) -> tuple[int, int]:
-    return max(config.allowed_sizes, key=lambda size: size[0] * size[1])
