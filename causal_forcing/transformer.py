@@ -87,8 +87,8 @@ class LayerContext:
 
     Attributes:
         memory: The layer's keys and values; rows of ``plan`` are overwritten.
-        plan: As in the whole.
-        rotation: As in the whole.
+        plan: Rows that the chunk is written to and reads; the same in every layer.
+        rotation: Rotary embedding of the chunk's queries and keys; the same in every layer.
         text_keys: Of the prompt, ``[1, H, text_len, D]``.
         text_values: The same shape.
     """

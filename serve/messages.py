@@ -391,7 +391,7 @@ class LeaseStarted:
     """The lease began.
 
     Attributes:
-        replica_id: On this replica.
+        replica_id: The generator replica it began on.
         process_id: Its process.
         node_id: Where that runs.
     """
@@ -475,7 +475,7 @@ class DecodeRequest:
         keyframe: Whether its first frame must be decodable by itself.
         history: Up to 38 latent frames before the chunk, in answer to NEED_PRIME; None otherwise.
         loads: Without a ``replica_id``, how many of the gateway's sessions each decoder has; the least gets this one.
-        model: The gateway's.
+        model: Key of the gateway's model; another one's decoder refuses.
     """
 
     replica_id: str
@@ -524,7 +524,7 @@ class EncodeImage:
         data: The file.
         height: Pixel rows of the session.
         width: Pixel columns of the session.
-        model: The gateway's.
+        model: Key of the gateway's model; another one's decoder refuses.
         session_id: Whose image it is, for the log.
     """
 

@@ -35,7 +35,7 @@ class SilenceWatch:
 
     Args:
         unread: Asks the mailbox which logs nobody has read for that many seconds.
-        silence_s: How many.
+        silence_s: Seconds without a poll after which a lease's process is asked whether it is well.
         answers: Asks a replica whether it is well; False if it does not answer.
         end: Ends the process that a lease runs in.
     """

@@ -46,7 +46,7 @@ class TextEncoder:
 
         Args:
             text: The prompt.
-            model: The gateway's.
+            model: Key of the gateway's model; another one's text encoder refuses.
             session_id: Whose prompt it is, for the log.
         """
         logs.bind(session_id=session_id)

@@ -67,7 +67,7 @@ def objective(
         student: What is trained.
         data: Clips and first frames.
         layout: Of the student's pass.
-        random: Of the step.
+        random: Draws levels and noise of this step.
         bidirectional: Whether the teacher's frames see each other both ways.
     """
     batch = data.batch(layout, random)

@@ -96,7 +96,7 @@ def random_pictures(rng: np.random.Generator, clips: int, frames: int, objects: 
 
     Args:
         rng: Source of randomness; advanced.
-        clips: How many.
+        clips: How many clips.
         frames: Pixel frames of each.
         objects: Fewest and most objects of a clip.
     """

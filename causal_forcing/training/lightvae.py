@@ -69,7 +69,7 @@ def objective(
         small: The ones being trained.
         configs: Sizes of both.
         video: ``[B, 3, T, H, W]`` in [-1, 1].
-        random: Of the step.
+        random: Draws the noise of this step.
         device: What computes.
         error: Of what is drawn: :func:`pixel_error` or :func:`drawing_error`.
     """

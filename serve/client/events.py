@@ -188,7 +188,7 @@ class FramesDropped:
 
     Attributes:
         first_frame_index: The first of them.
-        frame_count: How many.
+        frame_count: How many frames.
         first_chunk_index: The first chunk they belong to.
         chunk_count: How many chunks.
     """

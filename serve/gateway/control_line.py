@@ -40,7 +40,7 @@ class ControlLine:
 
     Args:
         mailbox: Where the logs are.
-        session_id: Whose.
+        session_id: The session whose messages these are.
     """
 
     def __init__(self, mailbox: Mailbox, session_id: str) -> None:

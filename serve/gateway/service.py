@@ -299,7 +299,7 @@ async def answer(context: CallContext, work: Callable[[], Awaitable[T]], empty: 
     """Return a call's answer; an error becomes the call's status, with its details in the trailing metadata.
 
     Args:
-        context: The call's.
+        context: Of the gRPC call that is answered.
         work: Makes the answer.
         empty: What Serve and gRPC want returned beside an error.
     """
