@@ -69,6 +69,7 @@ def start_of(
     """Return where a stream's object should have started for the world to go on as it is seen; None if it never would.
 
     An object near a path that streams have is on it: phases and places that the model never saw are errors of its own.
+    Far from all of these it is where it is seen: nothing jumps.
 
     Args:
         thing: What is seen.
@@ -91,7 +92,7 @@ def start_of(
     least, nearest, placement = min(found, key=lambda fit: fit[0])
     if distance < NEAR and error < least + CLEARLY:
         x, y = (world.PLACE_GRID * round(value / world.PLACE_GRID) for value in (usual.x, usual.y))
-        return replace(usual, x=float(x), y=float(y))
+        return replace(usual, x=float(x), y=float(y)) if math.hypot(usual.x - x, usual.y - y) < NEAR else usual
     return placement if nearest < FAR else None
 
 

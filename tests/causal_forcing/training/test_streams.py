@@ -47,6 +47,13 @@ def test_an_object_at_another_phase_goes_on_from_there(motion):
     assert phase < 2 * math.pi / streams.PHASES
 
 
+@pytest.mark.parametrize("motion", ["right", "circling"])
+def test_an_object_between_the_paths_that_streams_have_does_not_jump(motion):
+    thing, frames, start = shown(motion, off=(7.0, 4.0))
+    place, _ = distance(streams.seen(thing, frames, FIRST), start)
+    assert place == pytest.approx(math.hypot(7, 4), abs=0.3)
+
+
 def test_another_shape_is_no_matter():
     _, frames, start = shown("circling", "circle")
     asked = world.Thing("blue", "cross", "small", "circling")
