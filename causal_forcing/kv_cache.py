@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from causal_forcing.config import SinkRope, TransformerConfig
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.errors import SessionStateError
 
 
@@ -45,21 +46,6 @@ class CacheLayout:
     def ring_frames(self) -> int:
         """Slots that roll."""
         return self.capacity - self.sink_frames
-
-
-@dataclass(frozen=True)
-class CacheCursor:
-    """Which frames the cache holds, in absolute latent frame positions.
-
-    Attributes:
-        origin: First frame of the scene; sink frames are ``origin .. origin + S - 1``.
-        ring_start: Frame that ring slot 0 belongs to; ``origin + S`` until a flush moves it.
-        end: One past the newest committed frame.
-    """
-
-    origin: int = 0
-    ring_start: int = 0
-    end: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,7 +211,7 @@ class KeyValueCache:
         """
         cursor, tokens = self.cursor, self.layout.tokens_per_frame
         first = cursor.end - keep_frames
-        if first <= self._oldest_rolling():
+        if first <= self._held()[1].start:
             return
         old = [self._slot(first + i) for i in range(keep_frames)]
         self.cursor = replace(cursor, ring_start=first)
@@ -240,9 +226,8 @@ class KeyValueCache:
 
     def held_positions(self) -> list[int]:
         """Return the positions of all frames that are held, oldest first."""
-        cursor = self.cursor
-        sink_end = min(cursor.origin + self.layout.sink_frames, cursor.end)
-        return [*range(cursor.origin, sink_end), *range(self._oldest_rolling(), cursor.end)]
+        sink, rolling = self._held()
+        return [*sink, *rolling]
 
     def in_order(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return copies of a layer's keys and values, ``[1, H, capacity * tokens, D]``, oldest frame first.
@@ -255,8 +240,8 @@ class KeyValueCache:
         rows = torch.cat([torch.arange(s * tokens, (s + 1) * tokens) for s in slots])
         return self.keys[layer][:, :, rows], self.values[layer][:, :, rows]
 
-    def _oldest_rolling(self) -> int:
-        return min(max(self.cursor.ring_start, self.cursor.end - self.layout.ring_frames), self.cursor.end)
+    def _held(self) -> tuple[range, range]:
+        return self.cursor.held(self.layout.sink_frames, self.layout.ring_frames)
 
     def _held_frames(self, end: int) -> int:
         sink_held = min(self.layout.sink_frames, end - self.cursor.origin)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate
 
 if TYPE_CHECKING:
@@ -25,34 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamPoint:
-    """Where a stream stands after a chunk; positions are absolute latent frames.
+    """Where a stream stands after a chunk.
 
     Attributes:
         chunk_index: The next chunk.
         scene_chunks: Chunks generated (not given) since the scene began.
-        origin: First frame of the scene; its first frames are the sink.
-        ring_start: First frame behind the sink that may be held; a flush moves it.
-        end: One past the newest frame.
+        cursor: Which frames its cache holds.
     """
 
     chunk_index: int
     scene_chunks: int
-    origin: int
-    ring_start: int
-    end: int
+    cursor: CacheCursor
 
     @classmethod
     def of(cls, state: SessionState) -> StreamPoint:
         """Return where a session stands."""
-        cursor = state.cache.cursor
-        return cls(state.chunk_index, state.scene_chunks, cursor.origin, cursor.ring_start, cursor.end)
+        return cls(state.chunk_index, state.scene_chunks, state.cache.cursor)
 
     def held_ranges(self, config: SessionConfig) -> tuple[range, range]:
         """Return the frames that the cache holds: of the sink, and of the rolling window."""
-        sink_end = min(self.origin + config.sink_frames, self.end)
-        ring_frames = config.cache_frames - config.sink_frames
-        oldest = min(max(self.ring_start, self.end - ring_frames), self.end)
-        return range(self.origin, sink_end), range(oldest, self.end)
+        return self.cursor.held(config.sink_frames, config.cache_frames - config.sink_frames)
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,6 @@ def resume_session(
     """
     import torch
 
-    from causal_forcing.kv_cache import CacheCursor
     from causal_forcing.state import split_passes
 
     session = engine.new_session(config)
@@ -101,7 +93,7 @@ def resume_session(
         _replay(state.prompt, prompts, point.chunk_index)
         assert state.prompt.embeds is not None
         state.text = engine.transformer.read_text(state.prompt.embeds)
-        state.cache.cursor = CacheCursor(point.origin, point.ring_start, point.end)
+        state.cache.cursor = point.cursor
         state.chunk_index, state.scene_chunks = point.chunk_index, point.scene_chunks
         for start, some in latents.items():
             for number, written in enumerate(split_passes(some.to(engine.device, engine.dtype), pass_frames)):

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.errors import InvalidRequest, SessionStateError
-from causal_forcing.kv_cache import CacheCursor
 from causal_forcing.saved import FORMAT, config_to_json, parsing, read_file, update_from_json, update_to_json
 from causal_forcing.state import PromptState, SessionState
 from causal_forcing.transformer import TextMemory

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from causal_forcing.blending import blend, interpolate, is_negligible
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.errors import SessionStateError
-from causal_forcing.kv_cache import CacheCursor, KeyValueCache
+from causal_forcing.kv_cache import KeyValueCache
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, SwitchPolicy
 from causal_forcing.transformer import TextMemory
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.geometry import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE, Geometry
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy
 from causal_forcing.resume import StreamPoint
@@ -75,7 +77,7 @@ class SimulatedSession:
         self._step_s = service.simulation.chunk_ms / 1000 / STEPS
         self._index = 0
         self._starts_scene = True
-        self._origin = self._end = 0
+        self._cursor = CacheCursor(ring_start=config.sink_frames)
         self._fault_dir = service.simulation.fault_dir
         self._pending: PromptUpdate | None = None
         self._prompt: PromptUpdate | None = None
@@ -91,7 +93,7 @@ class SimulatedSession:
         self.update_prompt(resume.prompts[-1].update, resume.prompts[-1].embeddings)
         self._prompt, self._pending = self._pending, None
         self._index, self._starts_scene = resume.point.chunk_index, False
-        self._origin, self._end = resume.point.origin, resume.point.end
+        self._cursor = resume.point.cursor
 
     def generate(self, should_stop: Callable[[], bool]) -> GeneratedChunk | None:
         """Return the next chunk after its time, or None if stopped."""
@@ -131,10 +133,11 @@ class SimulatedSession:
         return chunk
 
     def _advance(self, frames: int) -> StreamPoint:
+        cursor = self._cursor
         if self._starts_scene:
-            self._origin = self._end
-        self._end += frames
-        return StreamPoint(self._index + 1, 1, self._origin, self._origin + self._config.sink_frames, self._end)
+            cursor = CacheCursor(cursor.end, cursor.end + self._config.sink_frames, cursor.end)
+        self._cursor = replace(cursor, end=cursor.end + frames)
+        return StreamPoint(self._index + 1, 1, self._cursor)
 
 
 class SimulatedDecoder:

@@ -14,7 +14,7 @@ Source: Ross et al. 2011 (arXiv 1011.0686): the learner's own states with an exp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,10 +39,16 @@ STREAMS = 128
 SHARD_STREAMS = 16
 SEED = 13
 
-STRETCHES = 9
-"""Stretches of a stream, the first of them after a clip's length: most of what wears off does so by frame 100.
+STRETCHES = 66
+"""Stretches of a stream, the first of them after a clip's length: a thousand latent frames.
 
 With the stream's first frame, the sink, before it a stretch is as long as a clip.
+"""
+
+KEPT = 9
+"""Stretches that are kept of as many streams as there are, on average: half of them those that are most wrong.
+
+What has once lost its shape is rare, stays so, and is what there is most to learn from; the rest is any.
 """
 
 BEFORE = 5
@@ -110,8 +116,25 @@ def seen(thing: world.Thing, frames: NDArray[np.uint8], first: int) -> world.Pla
     return start_of(thing, places, sizes, first + there)
 
 
-def stretches(engine: Engine, scene: world.Scene, stream: Tensor) -> Iterator[tuple[Tensor, world.Segment]]:
-    """Iterate over a stream's stretches, and what should be on the screen from :data:`BEFORE` frames before each.
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of a stream and what should have been there.
+
+    Attributes:
+        scene: What the stream should show, one object.
+        went: ``[16, F, h, w]`` normalised latents, the stream's first frame and then the stretch.
+        right: What should be on the screen, from :data:`BEFORE` latent frames before the stretch.
+        wrong: How far its pixels are from that: their mean square difference, over the square of the object's radius.
+    """
+
+    scene: world.Scene
+    went: Tensor
+    right: world.Segment
+    wrong: float
+
+
+def stretches(engine: Engine, scene: world.Scene, stream: Tensor) -> Iterator[Stretch]:
+    """Iterate over a stream's stretches.
 
     An object that cannot be read should be where it was going when it last could.
 
@@ -127,12 +150,24 @@ def stretches(engine: Engine, scene: world.Scene, stream: Tensor) -> Iterator[tu
         began = 4 * (first - BEFORE)  # decoded by itself, the first latent frame is one pixel frame, its last
         frames = decode(engine, stream[None, :, first - BEFORE : stop])[0]
         start = seen(scene.things[0], frames[-4 * length :], began + len(frames) - 4 * length) or start
-        if start is not None:
-            yield stream[:, first:stop], world.switch(world.Segment(scene, began, (start,)), scene, len(frames))
+        if start is None:
+            continue
+        right = world.switch(world.Segment(scene, began, (start,)), scene, len(frames))
+        off = (drawing.draw(drawing.Pictures.of([[right]]))[0].float() - torch.from_numpy(frames))[-4 * length :]
+        wrong = float(off.square().mean()) / world.SIZES[scene.things[0].size] ** 2
+        yield Stretch(scene, torch.cat([stream[:, :1], stream[:, first:stop]], 1), right, wrong)
+
+
+def kept(found: Sequence[Stretch], count: int, rng: np.random.Generator) -> list[Stretch]:
+    """Return so many of the stretches: half of them the most wrong ones, the rest random others."""
+    ranked = sorted(found, key=lambda stretch: stretch.wrong, reverse=True)
+    worst, others = ranked[: count // 2], ranked[count // 2 :]
+    chosen = rng.permutation(len(others))[: count - len(worst)]
+    return worst + [others[index] for index in chosen]
 
 
 def write_shard(path: Path, engine: Engine, encoder: whole_clip.Parameters, rng: np.random.Generator) -> None:
-    """Sample some streams and write their stretches, and what should have been there.
+    """Sample some streams and write stretches of them, and what should have been there.
 
     ``histories`` and ``latents`` are ``[N, 16, F, 8, 8]`` float32, not normalised, and begin with the stream's first
     frame. The metadata are those of :func:`causal_forcing.training.latents.write_shard`.
@@ -144,19 +179,15 @@ def write_shard(path: Path, engine: Engine, encoder: whole_clip.Parameters, rng:
     cohort = Cohort(engine, engine.session_config(), rng.integers(2**31, size=SHARD_STREAMS).tolist())
     cohort.update_prompt([captions.caption(scene, rng, size_omitted=0) for scene in scenes])  # or a stream chooses one
     made = torch.cat(list(cohort.latents(1 + (latents.CLIP_FRAMES - 1) * (1 + STRETCHES))), dim=2)
-    sinks, went, clips, should_be = [], [], [], []
-    for scene, stream in zip(scenes, made, strict=True):
-        for stretch, segment in stretches(engine, scene, stream):
-            sinks.append(stream[:, :1])
-            went.append(stretch)
-            clips.append(Clip((scene,), latents.CLIP_FRAMES))
-            should_be.append([segment])
-    if not clips:
+    found = [one for scene, stream in zip(scenes, made, strict=True) for one in stretches(engine, scene, stream)]
+    if not found:
         raise ValueError("no object of these streams could be read: the generator has not learnt enough to teach it so")
-    first, past = (denormalised(torch.stack(parts), engine.vae.config) for parts in (sinks, went))
-    shard = latents.Shard(tuple(clips), drawing.Pictures.of(should_be))
+    chosen = kept(found, KEPT * SHARD_STREAMS, rng)
+    clips = tuple(Clip((stretch.scene,), latents.CLIP_FRAMES) for stretch in chosen)
+    shard = latents.Shard(clips, drawing.Pictures.of([[stretch.right] for stretch in chosen]))
     right = latents.encode(shard.pictures, encoder, large)[:, :, BEFORE:]
-    latents.save_shard(path, shard, latents=torch.cat([first, right], 2), histories=torch.cat([first, past], 2))
+    histories = denormalised(torch.stack([stretch.went for stretch in chosen]), engine.vae.config)
+    latents.save_shard(path, shard, latents=torch.cat([histories[:, :, :1], right], 2), histories=histories)
 
 
 def build(root: Path, engine: Engine, *, streams: int = STREAMS) -> None:

@@ -51,7 +51,7 @@ class SessionMemory:
     def commit(self, chunk: GeneratedChunk) -> None:
         """Take in a chunk: from here on it is part of the session, wherever that goes on."""
         self._point = chunk.point
-        self._pieces.append((chunk.point.end - chunk.latents.frames, chunk.latents.copy()))
+        self._pieces.append((chunk.point.cursor.end - chunk.latents.frames, chunk.latents.copy()))
         self._forget_prompts(chunk.index)
         self._forget_latents(chunk.latents.frames)
 
@@ -61,8 +61,9 @@ class SessionMemory:
 
     def before(self, chunk: GeneratedChunk) -> PackedTensor | None:
         """Return the latent frames before a chunk that a decoder needs to go on with it; None if there is none."""
-        end = chunk.point.end - chunk.latents.frames
-        first = max(chunk.point.origin, end - self._reach_frames)
+        cursor = chunk.point.cursor
+        end = cursor.end - chunk.latents.frames
+        first = max(cursor.origin, end - self._reach_frames)
         parts = []
         for start, latents in self._pieces:
             low, high = max(first, start), min(end, start + latents.frames)
@@ -90,7 +91,8 @@ class SessionMemory:
     def _forget_latents(self, chunk_frames: int) -> None:
         assert self._point is not None
         sink, rolling = self._point.held_ranges(self.config)
-        decoder = range(max(self._point.origin, self._point.end - chunk_frames - self._reach_frames), self._point.end)
+        cursor = self._point.cursor
+        decoder = range(max(cursor.origin, cursor.end - chunk_frames - self._reach_frames), cursor.end)
         self._pieces = [
             (start, latents)
             for start, latents in self._pieces

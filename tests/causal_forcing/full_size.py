@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.engine import Engine
-from causal_forcing.kv_cache import CacheCursor
 from causal_forcing.presets import get_preset
 from causal_forcing.prompts import PromptEmbedding, PromptUpdate, WeightedPrompt
 from causal_forcing.transformer import CausalTransformer

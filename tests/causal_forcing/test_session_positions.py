@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from causal_forcing.kv_cache import CacheCursor
+from causal_forcing.cursor import CacheCursor
 from tests.causal_forcing.builders import (
     ENDLESS,
     TRANSFORMER,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from causal_forcing.config import SessionConfig
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.errors import CausalForcingError, InvalidRequest
 from causal_forcing.prompts import PromptUpdate, WeightedPrompt
 from causal_forcing.resume import StreamPoint
@@ -274,7 +275,7 @@ def chunk(index: int, **fields: Any) -> GeneratedChunk:
         starts_scene=index == 0,
         prompt_id="p",
         prompt_applied=False,
-        point=StreamPoint(index + 1, index + 1, 0, 0, index + 1),
+        point=StreamPoint(index + 1, index + 1, CacheCursor(end=index + 1)),
     )
     return replace(made, **fields)
 

@@ -154,4 +154,4 @@ async def test_a_lease_goes_on_where_another_one_was_seen_last() -> None:
         (2, "a", False, False),
         (3, "a", False, False),
     ]
-    assert chunks[0].point.end == first.point.end + chunks[0].latents.frames
+    assert chunks[0].point.cursor.end == first.point.cursor.end + chunks[0].latents.frames

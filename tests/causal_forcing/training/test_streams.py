@@ -1,9 +1,11 @@
 """Where the object of a long stream is, and where the world would have it."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from causal_forcing.training import streams, world
 
@@ -74,3 +76,38 @@ def test_an_object_seen_in_half_of_the_frames_is_seen():
     assert distance(streams.seen(thing, frames, FIRST), start)[0] < 1e-4
     frames[: LENGTH // 2 + 1] = background
     assert streams.seen(thing, frames, FIRST) is None
+
+
+def test_half_of_the_stretches_that_are_kept_are_the_most_wrong_ones():
+    scene = world.Scene("stripes", (world.Thing("blue", "square", "small", "still"),))
+    segment = world.Segment(scene, 1, (world.Placement(0, 0, 0),))
+    found = [streams.Stretch(scene, torch.zeros(1), segment, float(index * 7 % 20)) for index in range(20)]
+    kept = [stretch.wrong for stretch in streams.kept(found, 8, np.random.default_rng(1))]
+    assert kept[:4] == [19, 18, 17, 16]
+    assert len(set(kept)) == 8
+    others = {tuple(s.wrong for s in streams.kept(found, 8, np.random.default_rng(seed))[4:]) for seed in range(5)}
+    assert len(others) == 5
+    assert {stretch.wrong for stretch in streams.kept(found[:6], 8, np.random.default_rng(1))} == {
+        stretch.wrong for stretch in found[:6]
+    }
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_how_wrong_a_stretch_is_does_not_depend_on_the_size(size, monkeypatch):
+    thing = world.Thing("blue", "square", size, "right")
+    start = world.draw_placement(np.random.default_rng(1), thing, opening=True)
+    pixels = {}
+    for shape in ("square", "circle"):
+        scene = world.Scene("black", (dataclasses.replace(thing, shape=shape),))
+        pixels[shape] = world.render_segment(world.Segment(scene, 4 * 46, (start,)))
+
+    def decode(_engine, latents):
+        first = int(latents[0, 0, 0, 0, 0])
+        shape = "square" if first < 20 else "circle"  # the second of two stretches has lost its shape
+        return [pixels[shape][4 * first : 4 * first + 4 * latents.shape[2] - 3]]
+
+    monkeypatch.setattr(streams, "decode", decode)
+    stream = torch.arange(46.0).view(1, 46, 1, 1).expand(16, 46, 8, 8)
+    found = list(streams.stretches(None, world.Scene("black", (thing,)), stream))
+    assert [stretch.went[0, :, 0, 0].tolist() for stretch in found] == [[0, *range(16, 31)], [0, *range(31, 46)]]
+    assert [stretch.wrong for stretch in found] == [pytest.approx(0, abs=0.01), pytest.approx(1.9, rel=0.2)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from causal_forcing.cursor import CacheCursor
 from causal_forcing.prompts import PromptUpdate
 from causal_forcing.resume import StreamPoint
 from serve.config import load_config
@@ -53,11 +54,11 @@ def test_a_new_scene_forgets_the_one_before() -> None:
     kept = memory()
     for index in range(5):
         kept.commit(chunk(index))
-    cut = replace(chunk(5), point=StreamPoint(6, 1, 5, 5, 6), starts_scene=True)
+    cut = replace(chunk(5), point=StreamPoint(6, 1, CacheCursor(5, 5, 6)), starts_scene=True)
     kept.commit(cut)
     assert kept.before(cut) is None
     assert held(kept) == [5]
-    later = replace(chunk(6), point=StreamPoint(7, 2, 5, 5, 7))
+    later = replace(chunk(6), point=StreamPoint(7, 2, CacheCursor(5, 5, 7)))
     kept.commit(later)
     assert values(kept.before(later)) == [5]
 
