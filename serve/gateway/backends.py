@@ -56,13 +56,8 @@ GOODBYE_S = 2.0
 T = TypeVar("T")
 
 
-class Backends(Protocol):
-    """What a session needs of the rest of the service."""
-
-    @property
-    def mailbox(self) -> Any:  # noqa: ANN401  (ray's handles are untyped)
-        """What goes into a :class:`LeaseRequest`."""
-        ...
+class Admission(Protocol):
+    """Who decides which session gets which generator; :class:`~serve.admission.desk.AdmissionDesk` in the service."""
 
     def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
         """Join the queue and yield where the session stands."""
@@ -86,6 +81,20 @@ class Backends(Protocol):
 
     async def leave(self, session_id: str) -> None:
         """Say that the session is over."""
+        ...
+
+
+class Backends(Protocol):
+    """What a session needs of the rest of the service."""
+
+    @property
+    def admission(self) -> Admission:
+        """Who leads to a generator."""
+        ...
+
+    @property
+    def mailbox(self) -> Any:  # noqa: ANN401  (ray's handles are untyped)
+        """What goes into a :class:`LeaseRequest`."""
         ...
 
     def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
@@ -151,6 +160,7 @@ class RayBackends:
         decoder: DeploymentHandle[Any],
         config: ServiceConfig,
     ) -> None:
+        self.admission = desk
         self.mailbox = mailbox
         self._silence = SilenceWatch(
             unread=mailbox.unread.remote,
@@ -161,7 +171,6 @@ class RayBackends:
         self._text_watch = _watch(text_encoder, config.text_encoder.silence_timeout_s)
         self._decoder_watch = _watch(decoder, config.vae_decoder.silence_timeout_s)
         self._model = config.model_key
-        self._desk = desk
         self._text_encoder = text_encoder
         self._generator = generator.options(stream=True)
         self._decoder = decoder
@@ -170,34 +179,10 @@ class RayBackends:
     def holdings(self) -> dict[str, int]:
         """Return how much is kept of sessions: claims, watched leases, known decoders."""
         return {
-            "tickets": self._desk.ticket_count,
+            "tickets": self.admission.ticket_count,
             "leases": self._silence.lease_count,
             "decoders": len(self._decoders),
         }
-
-    def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
-        """Join the queue (see :meth:`AdmissionDesk.places`)."""
-        return self._desk.places(claim)
-
-    async def confirm(self, session_id: str, replica_id: str) -> None:
-        """Say that the lease began."""
-        await self._desk.confirm(session_id, replica_id)
-
-    async def refuse(self, session_id: str, replica_id: str, *, gone: bool) -> None:
-        """Give a grant back."""
-        await self._desk.refuse(session_id, replica_id, gone=gone)
-
-    async def retire(self, replica_id: str) -> None:
-        """Say that a generator is dead."""
-        await self._desk.retire(replica_id)
-
-    async def requeue(self, session_id: str, replica_id: str) -> None:
-        """Say that a running session has lost its generator."""
-        await self._desk.requeue(session_id, replica_id)
-
-    async def leave(self, session_id: str) -> None:
-        """Say that the session is over."""
-        await self._desk.leave(session_id)
 
     async def lease(self, request: LeaseRequest) -> AsyncGenerator[LeaseEvent]:
         """Run a lease; closing the iteration cancels it."""

@@ -240,9 +240,9 @@ class LiveSession:
         try:
             self._moves.begin(lost, memory.next_chunk)
         except FailedElsewhere:
-            await self._backends.retire(replica_id)
+            await self._backends.admission.retire(replica_id)
             raise
-        await self._backends.requeue(self._session_id, replica_id)
+        await self._backends.admission.requeue(self._session_id, replica_id)
 
     def _tell_of_generator(self, request: SessionRequest, memory: SessionMemory) -> None:
         moved = self._moves.end()
@@ -275,7 +275,7 @@ class LiveSession:
     ) -> tuple[AsyncGenerator[LeaseEvent], str]:
         waiting_since = time.monotonic()
         wanted = claim(self._session_id, request, self._guard.share, self._service)
-        async with contextlib.aclosing(self._backends.places(wanted)) as places:
+        async with contextlib.aclosing(self._backends.admission.places(wanted)) as places:
             async for place in places:
                 if not place.replica_id or not self._outbox.sent:
                     self._outbox.place(place, time.monotonic() - waiting_since)
@@ -285,9 +285,9 @@ class LiveSession:
                 lease = self._backends.lease(self._lease_request(request, place.replica_id, log_id, memory))
                 began = await _begin(lease)
                 if isinstance(began, LeaseStarted):
-                    await self._backends.confirm(self._session_id, began.replica_id)
+                    await self._backends.admission.confirm(self._session_id, began.replica_id)
                     return lease, began.replica_id
-                await self._backends.refuse(self._session_id, place.replica_id, gone=began is not None)
+                await self._backends.admission.refuse(self._session_id, place.replica_id, gone=began is not None)
         raise Unavailable("admission let the session go", reason="ADMISSION_LOST")
 
     def _lease_request(
@@ -335,7 +335,7 @@ class LiveSession:
             if self._has_generator:
                 await self._stop_generator(self._streaming)
             await _cancel_all([self._streaming])
-            await self._backends.leave(self._session_id)
+            await self._backends.admission.leave(self._session_id)
             await self._line.close()
         if self._link is not None:
             await self._link.close()

@@ -154,6 +154,10 @@ class FakeBackends:
         self.decoder = DecoderService(SimulatedDecoder(self.service), DECODER, 1 << 30, Warden(self._decoding, 60.0))
         self._places: asyncio.Queue[QueuePlace] = asyncio.Queue()
 
+    @property
+    def admission(self) -> FakeBackends:
+        return self
+
     async def places(self, claim: Claim) -> AsyncGenerator[QueuePlace]:
         for place in self.places_script:
             yield place

@@ -20,12 +20,13 @@ from causal_forcing.vae import WanVae
 from serve.codecs.frames import Codec, FrameFormat
 from serve.config import ServiceConfig
 from serve.device import DEVICE_FAULTS, Warden
-from serve.engines import ModelStream, load_decoder, load_text
+from serve.engines import load_decoder, load_text
 from serve.errors import Unavailable
 from serve.gateway import backends
 from serve.gateway.backends import _insist
 from serve.messages import Decoded, DecodeRequest, PackedEmbedding, PackedTensor, Process
 from serve.metrics import SILENT
+from serve.model_engines import ModelStream
 from serve.status import FailedElsewhere, Failure, failure_of
 from serve.text_encoder import TextEncoder
 from serve.vae_decoder import DecoderService, VaeDecoder

@@ -13,9 +13,9 @@ from causal_forcing.config import VaeConfig
 from causal_forcing.errors import DeviceFault, NonFiniteOutput, OutOfMemory
 from causal_forcing.geometry import Geometry
 from causal_forcing.vae import WanVae
-from serve import engines
-from serve.engines import ModelDecoder, ModelGenerator, ModelSession, ModelStream, ModelText
+from serve import model_engines
 from serve.messages import PackedTensor
+from serve.model_engines import ModelDecoder, ModelGenerator, ModelSession, ModelStream, ModelText
 
 
 def failing(error: Exception) -> Callable[..., Any]:
@@ -40,7 +40,8 @@ def test_a_device_without_room_for_a_session_is_out_of_memory() -> None:
 
 
 def test_a_kernel_that_failed_shows_when_its_result_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_packed", failing(torch.AcceleratorError("CUDA error: an illegal memory access")))
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access")
+    monkeypatch.setattr(model_engines, "_packed", failing(fault))
     made = SimpleNamespace(generate_chunk=lambda **_: None, start_from=lambda _: None, rebuilds=0)
     session = with_engine(ModelSession, session=made)
     with pytest.raises(DeviceFault):

@@ -17,7 +17,7 @@ from causal_forcing.errors import DeviceFault
 from causal_forcing.prompts import PromptUpdate, SwitchPolicy, WeightedPrompt
 from serve.config import load_config
 from serve.device import LEAST_S
-from serve.engines import GeneratorEngine, ModelGenerator
+from serve.engines import GeneratorEngine
 from serve.generator import Controls, GeneratorService, Lease
 from serve.mailbox import MailboxRoom
 from serve.messages import (
@@ -34,6 +34,7 @@ from serve.messages import (
     StartFrom,
     Stop,
 )
+from serve.model_engines import ModelGenerator
 from serve.simulated import SimulatedGenerator
 from tests.serve.fakes import RemoteMailbox, ScriptedEngine, embedding, latents, simulated, update
 

@@ -19,9 +19,9 @@ from causal_forcing.media import from_frames, to_frames
 from causal_forcing.vae import WanVae
 from serve.codecs.frames import Codec, FrameFormat, Pixels, decode_frame
 from serve.device import Warden
-from serve.engines import ModelStream
 from serve.messages import Decoded, DecodeRequest, EncodeImage, PackedTensor
 from serve.metrics import MemorySink, Recorder
+from serve.model_engines import ModelStream
 from serve.vae_decoder import IDLE_S, DecoderCache, DecoderService
 
 SIZE = 16

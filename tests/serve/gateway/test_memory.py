@@ -13,9 +13,9 @@ from causal_forcing.cursor import CacheCursor
 from causal_forcing.prompts import PromptUpdate
 from causal_forcing.resume import StreamPoint
 from serve.config import load_config
-from serve.engines import ModelGenerator
 from serve.gateway.memory import MAX_PROMPTS, SessionMemory
 from serve.messages import GeneratedChunk, PackedEmbedding, PackedTensor
+from serve.model_engines import ModelGenerator
 from tests.serve.fakes import chunk, embedding, latents, simulated, update
 
 
