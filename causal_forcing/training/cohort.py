@@ -99,11 +99,14 @@ class Cohort:
             yield self.session.generate_chunk().latents
 
 
+TOGETHER = 2
+"""Clips that are decoded at a time on a CPU: one alone leaves oneDNN if there is one thread, which takes six times as
+long (torch 2.13), more are no faster (measured)."""
+
+
 @torch.inference_mode()
 def decode(engine: Engine, latents: Tensor) -> list[Frames]:
     """Return the pixels ``[T, H, W, 3]`` of whole clips that begin a scene, as the streaming VAE makes them.
-
-    One clip after the other: several together are not faster on a CPU (measured).
 
     Args:
         engine: With a VAE of the Wan family.
@@ -115,8 +118,9 @@ def decode(engine: Engine, latents: Tensor) -> list[Frames]:
     if not isinstance(engine.vae, WanVae):
         raise InvalidRequest("vae", type(engine.vae).__name__, "must be of the Wan family (wan, lightvae)")
     parameters, config = dict(engine.vae.named_parameters()), engine.vae.config
-    parts = torch.split(denormalised(latents, config), 1)
-    return [to_frames(whole_clip.decode(parameters, config, part).clamp(-1, 1)) for part in parts]
+    parts = torch.split(denormalised(latents, config), TOGETHER)
+    clips = (clip for part in parts for clip in whole_clip.decode(parameters, config, part).split(1))
+    return [to_frames(clip.clamp(-1, 1)) for clip in clips]
 
 
 def denormalised(latents: Tensor, config: VaeConfig) -> Tensor:

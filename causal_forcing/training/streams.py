@@ -145,17 +145,17 @@ def stretches(engine: Engine, scene: world.Scene, stream: Tensor) -> Iterator[St
     """
     start: world.Placement | None = None
     length = latents.CLIP_FRAMES - 1
-    for first in range(1 + length, stream.shape[1], length):
-        stop = first + length
+    firsts = range(1 + length, stream.shape[1], length)
+    pixels = decode(engine, torch.stack([stream[:, first - BEFORE : first + length] for first in firsts]))
+    for first, frames in zip(firsts, pixels, strict=True):
         began = 4 * (first - BEFORE)  # decoded by itself, the first latent frame is one pixel frame, its last
-        frames = decode(engine, stream[None, :, first - BEFORE : stop])[0]
         start = seen(scene.things[0], frames[-4 * length :], began + len(frames) - 4 * length) or start
         if start is None:
             continue
         right = world.switch(world.Segment(scene, began, (start,)), scene, len(frames))
         off = (drawing.draw(drawing.Pictures.of([[right]]))[0].float() - torch.from_numpy(frames))[-4 * length :]
         wrong = float(off.square().mean()) / world.SIZES[scene.things[0].size] ** 2
-        yield Stretch(scene, torch.cat([stream[:, :1], stream[:, first:stop]], 1), right, wrong)
+        yield Stretch(scene, torch.cat([stream[:, :1], stream[:, first : first + length]], 1), right, wrong)
 
 
 def kept(found: Sequence[Stretch], count: int, rng: np.random.Generator) -> list[Stretch]:

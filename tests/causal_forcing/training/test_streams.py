@@ -102,9 +102,8 @@ def test_how_wrong_a_stretch_is_does_not_depend_on_the_size(size, monkeypatch):
         pixels[shape] = world.render_segment(world.Segment(scene, 4 * 46, (start,)))
 
     def decode(_engine, latents):
-        first = int(latents[0, 0, 0, 0, 0])
-        shape = "square" if first < 20 else "circle"  # the second of two stretches has lost its shape
-        return [pixels[shape][4 * first : 4 * first + 4 * latents.shape[2] - 3]]
+        firsts = latents[:, 0, 0, 0, 0].int().tolist()  # the second of two stretches has lost its shape
+        return [pixels["square" if at < 20 else "circle"][4 * at : 4 * (at + latents.shape[2]) - 3] for at in firsts]
 
     monkeypatch.setattr(streams, "decode", decode)
     stream = torch.arange(46.0).view(1, 46, 1, 1).expand(16, 46, 8, 8)
