@@ -119,7 +119,7 @@ def decode(engine: Engine, latents: Tensor) -> list[Frames]:
         raise InvalidRequest("vae", type(engine.vae).__name__, "must be of the Wan family (wan, lightvae)")
     parameters, config = dict(engine.vae.named_parameters()), engine.vae.config
     parts = torch.split(denormalised(latents, config), TOGETHER)
-    clips = (clip for part in parts for clip in whole_clip.decode(parameters, config, part).split(1))
+    clips = (clip for part in parts for clip in torch.split(whole_clip.decode(parameters, config, part), 1))
     return [to_frames(clip.clamp(-1, 1)) for clip in clips]
 
 

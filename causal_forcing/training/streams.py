@@ -223,17 +223,27 @@ class Streams:
 
 
 def load_streams(root: Path, tokenizer: Tokenizer, text_len: int, device: torch.device | str = "cpu") -> Streams:
-    """Return all stretches, normalised as the clips are.
+    """Return all stretches, sampled and drawn (:mod:`~causal_forcing.training.worn`), normalised as the clips are.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    if not any((root / "streams").glob("shard-*.safetensors")):
-        raise FileNotFoundError(f"{root} has no streams: run python -m causal_forcing.training.streams first")
+    folders = [root / name for name in ("streams", "worn") if any((root / name).glob("shard-*.safetensors"))]
+    if not folders:
+        raise FileNotFoundError(f"{root} has no streams: run python -m causal_forcing.training.streams (or worn) first")
     clips = latents.load(root / "latents", device)
-    right, past = (latents.load(root / "streams", device, like=clips, tensor=name) for name in ("latents", "histories"))
-    wordings = latents.word(right.clips, tokenizer, text_len, wordings=WORDINGS, device=device)
-    return Streams(past.values, right.values, wordings)
+
+    def load(tensor: str) -> list[latents.Latents]:
+        return [latents.load(folder, device, like=clips, tensor=tensor) for folder in folders]
+
+    right, past = load("latents"), load("histories")
+    shown = [clip for part in right for clip in part.clips]
+    wordings = latents.word(shown, tokenizer, text_len, wordings=WORDINGS, device=device)
+    return Streams(_joined(past), _joined(right), wordings)
+
+
+def _joined(parts: Sequence[latents.Latents]) -> Tensor:
+    return torch.cat([part.values for part in parts])
 
 
 def main() -> None:

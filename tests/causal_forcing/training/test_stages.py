@@ -36,6 +36,7 @@ from causal_forcing.training import (
     teacher_forcing,
     vae,
     world,
+    worn,
 )
 from causal_forcing.training.loop import CPU, Device, Run, Schedule, add_arguments, read_log, step_rng
 from causal_forcing.training.optimizer import Optimizer, orthogonalise
@@ -420,6 +421,27 @@ def test_the_guided_copy_learns_what_long_streams_should_have_shown(root, tmp_pa
     first = train(None).parameters
     shutil.rmtree(tmp_path / "guided")
     assert_same(train(None).parameters, first)
+
+
+def test_the_guided_copy_learns_from_worn_stretches_with_and_without_streams(root, tmp_path, monkeypatch):
+    branch(root, tmp_path)
+    monkeypatch.setattr(worn, "SHARD_STRETCHES", 4)
+    worn.build(tmp_path, stretches=3, config=VAE)
+    before = (tmp_path / "worn" / "shard-0000.safetensors").stat().st_mtime_ns
+    worn.build(tmp_path, stretches=4, config=VAE)  # nothing is missing
+    assert before == (tmp_path / "worn" / "shard-0000.safetensors").stat().st_mtime_ns
+    tokenizer = model.new_generator(root, 5, PRESET).tokenizer
+    made = streams.load_streams(tmp_path, tokenizer, 64)
+    assert made.histories.shape == made.values.shape == (4, 16, 5, 8, 8)
+    assert torch.equal(made.histories[:, :, 0], made.values[:, :, 0])
+    off = (made.histories - made.values)[:, :, 1:].abs().flatten(1).amax(1)
+    assert len(set(off.tolist())) == 4
+    assert (off > 0).all()
+    (tmp_path / "streams").symlink_to(tmp_path / "worn")
+    both = streams.load_streams(tmp_path, tokenizer, 64)
+    assert len(both.values) == len(both.wordings.ids) == 8
+    ar.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1)
+    guided.train(tmp_path, preset=PRESET, schedule=SCHEDULE, until=1, guidance=1.0, with_streams=True)
 
 
 def test_some_steps_read_few_frames_as_after_a_flush():
