@@ -61,14 +61,14 @@ A teacher that is guided itself wants 1.
 FLUSHED = 0.2
 """Share of steps whose frames read few others, as they do after a switch with ``flush``."""
 
-RESAMPLED = 0.5
+RESAMPLED = 1 / 3
 """Share of clips whose frames are predicted from a past that the student has made."""
 RESAMPLED_FROM = 0.9
 """Highest level of noise from which the student makes it."""
 RESAMPLINGS = 3
 """Most times that the past is made: first from the clips' own frames, then from what the student made of them."""
 
-STREAMED = 1 / 3
+STREAMED = 1 / 2
 """Share of clips that are stretches of long streams, if there are any."""
 
 EARLY_FRAMES, EARLY_WEIGHT = 4, 3.0
